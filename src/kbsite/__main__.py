@@ -1,0 +1,66 @@
+"""命令行：`python -m kbsite --help`。"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from . import topics
+from .errors import KbsiteError
+from .project import Project, build_notebooks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """运行一个子命令；出错返回 1，消息写到标准错误。"""
+    parser = argparse.ArgumentParser(prog="python -m kbsite", description="面经 2025 的建站工具")
+    parser.add_argument("--root", type=Path, default=Path.cwd(), help="项目根（默认当前目录）")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="执行笔记（缓存里没有的），写出片段")
+    run.add_argument("key", nargs="?", help="只执行一份，如 rl/clip")
+    commands.add_parser("topics", help="列出笔记中还没有页面的标题")
+    commands.add_parser("browser", help="找到（没有就装上）测试用的 Chromium，打印路径")
+    commands.add_parser("clean", help="删去全部缓存")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("traitlets").setLevel(logging.WARNING)
+    project = Project(args.root.resolve())
+    try:
+        return COMMANDS[args.command](project, args)
+    except KbsiteError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(project: Project, args: argparse.Namespace) -> int:
+    os.chdir(project.root)
+    build_notebooks(project, only=args.key)
+    return 0
+
+
+def _topics(project: Project, args: argparse.Namespace) -> int:
+    headings = topics.read_headings(project.root / "topics.yml")
+    missing = topics.unwritten(headings, project.root / "docs")
+    for key in missing:
+        print(f"{key:40} {'；'.join(topics.headings_of(headings, key))}")
+    print(f"笔记 {len(headings)} 个标题；还没有页面的专题 {len(missing)} 个。")
+    return 0
+
+
+def _browser(project: Project, args: argparse.Namespace) -> int:
+    from .browser import ensure_chromium
+
+    print(ensure_chromium())
+    return 0
+
+
+def _clean(project: Project, args: argparse.Namespace) -> int:
+    shutil.rmtree(project.cache, ignore_errors=True)
+    return 0
+
+
+COMMANDS = {"run": _run, "topics": _topics, "browser": _browser, "clean": _clean}
+
+if __name__ == "__main__":
+    sys.exit(main())

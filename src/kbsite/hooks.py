@@ -1,0 +1,179 @@
+"""MkDocs 的钩子：把各步接到构建上。只有这个文件知道 MkDocs；换生成器时只重写它。"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.plugins import event_priority  # noqa: E402
+from mkdocs.structure.files import File  # noqa: E402
+from mkdocs.structure.toc import get_toc  # noqa: E402
+
+from kbsite import pages, topics  # noqa: E402
+from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
+from kbsite.math.mathjax import MathJax  # noqa: E402
+from kbsite.math.scan import formulas, replace  # noqa: E402
+from kbsite.notebooks.fragments import replace_figures  # noqa: E402
+from kbsite.project import Built, Project, build_notebooks  # noqa: E402
+
+log = logging.getLogger("mkdocs.plugins.kbsite")
+
+MATH_FOLDER = "assets/math"
+
+# 库的逐页日志会淹没我们自己的输出
+logging.getLogger("mkdocs.plugins.mkdocs_jupyter").setLevel(logging.WARNING)
+
+
+class _Build:
+    """一次构建的状态；每次构建（含 serve 的重建）都是新的。"""
+
+    def __init__(self, project: Project, built: Built):
+        self.project = project
+        self.built = built
+        self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
+        self.math = MathJax(project.node_modules, project.cache / "math.json")
+        self.used_labels: set[str] = set()
+        self.math_errors: list[str] = []
+        file = project.root / "topics.yml"
+        self.headings = topics.read_headings(file) if file.is_file() else []
+
+
+_build: _Build | None = None
+
+
+def _notebook_key(src_uri: str) -> str | None:
+    """`notebooks/rl/clip.ipynb` → `rl/clip`；不是笔记页就是 None。"""
+    if src_uri.startswith("notebooks/") and src_uri.endswith(".ipynb"):
+        return src_uri.removeprefix("notebooks/").removesuffix(".ipynb")
+    return None
+
+
+def on_config(config):
+    """没有仓库地址（本机、离线版）就没有「编辑此页」。"""
+    if not config.repo_url:
+        config.edit_uri = None
+    return config
+
+
+def on_pre_build(config):
+    """最先执行笔记：片段写好之后页面才能嵌入。"""
+    global _build
+    project = Project(Path(config.config_file_path).parent)
+    try:
+        _build = _Build(project, build_notebooks(project))
+    except KbsiteError as error:
+        raise PluginError(str(error)) from None
+
+
+@event_priority(100)  # 在 mkdocs-jupyter 之前：它在 on_files 里认领 .ipynb
+def on_files(files, config):
+    """把执行过的笔记放进站点。"""
+    folder = _build.project.ipynb
+    for key in _build.built.ipynb:
+        files.append(
+            File(
+                f"notebooks/{key}.ipynb",
+                str(folder),
+                config.site_dir,
+                config.use_directory_urls,
+            )
+        )
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """填一句话回答，检查嵌入，加页尾。"""
+    path = f"docs/{page.file.src_uri}"
+    try:
+        source = page.file.content_string  # 含 front matter，行号才对
+        _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
+        markdown = pages.fill_answer(markdown, page.meta, path)
+    except KbsiteError as error:
+        raise PluginError(str(error)) from None
+    key = page.file.src_uri.removesuffix(".md")
+    return markdown + pages.footer(key, topics.headings_of(_build.headings, key), key in _build.notebooks)
+
+
+def on_page_content(html, page, config, files):
+    """修补笔记页；把公式都排一遍，错误攒起来，等所有页面都过了再一次报出。"""
+    key = _notebook_key(page.file.src_uri)
+    if key:
+        topic = files.get_file_from_path(f"{key}.md")
+        href = topic.url_relative_to(page.file) if topic else page.file.url
+        html, tokens = pages.repair_notebook(html, key, href)
+        page.toc = get_toc(_nest(tokens))
+        page.meta["search"] = {"exclude": True}
+        page.meta["description"] = f"{page.title}：执行过的完整笔记，含代码与输出。"
+        notebook = _build.notebooks[key]
+        page.edit_url = _edit_url(config, notebook.path.relative_to(_build.project.root).as_posix())
+    for formula in formulas(html):
+        try:
+            _build.math.typeset(formula)
+        except MathRenderError as error:
+            _build.math_errors.append(
+                f"{_locate(page, formula.tex)}: 公式排不出来：{error}。公式是 {formula.tex!r}。"
+            )
+    return pages.exclude_code_from_search(html)
+
+
+def on_env(env, config, files):
+    """所有页面都已成形、还没有写出任何文件：在这里报错，不会留下半个站点。"""
+    if _build.math_errors:
+        raise PluginError("\n".join(_build.math_errors))
+    for message in pages.unused_labels(_build.notebooks.values(), _build.used_labels):
+        log.warning(message)
+
+
+@event_priority(-100)  # 最后：搜索索引已经取走了正文，换进来的 SVG 与排好的公式不会进索引
+def on_post_page(output, page, config):
+    """换上图与排好的公式。"""
+    return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
+
+
+def on_post_build(config):
+    """写全站一份的公式样式与字体。"""
+    site = Path(config.site_dir) / MATH_FOLDER
+    (site / "fonts").mkdir(parents=True, exist_ok=True)
+    css = _build.math.stylesheet()
+    (site / "math.css").write_text(css, encoding="utf-8")
+    for name, content in _build.math.fonts(css).items():
+        (site / "fonts" / name).write_bytes(content)
+    _build.math.save()
+    _build.math.close()
+    if _build.math.typeset_count:
+        log.info("公式：新排 %d 个。", _build.math.typeset_count)
+
+
+def on_build_error(error):
+    """构建失败也要收拾 Node 进程。"""
+    if _build:
+        _build.math.close()
+
+
+def _edit_url(config, path: str) -> str | None:
+    if not config.repo_url or not config.edit_uri:
+        return None
+    base = config.edit_uri.removesuffix("docs/")
+    return config.repo_url.rstrip("/") + "/" + base + path
+
+
+def _locate(page, tex: str) -> str:
+    """公式在源文件里的位置；来自片段或文档串时只说到页面。"""
+    path = f"docs/{page.file.src_uri}"
+    source = page.file.content_string if page.file.src_uri.endswith(".md") else ""
+    position = source.find(tex.strip())
+    return f"{path}:{source.count(chr(10), 0, position) + 1}" if position >= 0 else path
+
+
+def _nest(tokens: list[dict]) -> list[dict]:
+    """平的标题列表 → 按级别嵌套，成 get_toc 要的样子。"""
+    top: list[dict] = []
+    stack: list[dict] = []
+    for token in tokens:
+        while stack and stack[-1]["level"] >= token["level"]:
+            stack.pop()
+        (stack[-1]["children"] if stack else top).append(token)
+        stack.append(token)
+    return top

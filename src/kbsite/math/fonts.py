@@ -1,0 +1,35 @@
+"""把数学字体裁成只含用到的字形：正文字体从 94 KB 变成十几 KB。"""
+
+import hashlib
+import io
+from pathlib import Path
+
+from fontTools import subset as fonttools
+from fontTools.ttLib import TTFont
+
+SMALL = 5000  # 字节；更小的不裁
+
+
+def subset(font: bytes, characters: set[str], cache_dir: Path) -> bytes:
+    """只留 `characters` 的 woff2；结果按内容缓存。"""
+    if len(font) < SMALL:
+        return font
+    text = "".join(sorted(characters))
+    key = hashlib.sha256(font + text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    cached = cache_dir / "fonts" / f"{key}.woff2"
+    if cached.is_file():
+        return cached.read_bytes()
+    options = fonttools.Options(flavor="woff2", layout_features=[], notdef_outline=True)
+    options.drop_tables += ["ltag"]
+    face = TTFont(io.BytesIO(font), recalcTimestamp=False)
+    cutter = fonttools.Subsetter(options)
+    cutter.populate(text=text)
+    cutter.subset(face)
+    face.flavor = "woff2"
+    out = io.BytesIO()
+    face.save(out)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(".tmp")
+    temporary.write_bytes(out.getvalue())
+    temporary.replace(cached)
+    return out.getvalue()

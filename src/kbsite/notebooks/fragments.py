@@ -1,0 +1,105 @@
+"""带标签的单元 → Markdown 片段：折叠的代码、输出、图注。页面用 `--8<-- "<key>/<label>.md"` 嵌入。
+
+图不写进片段，只留一个占位标签 `<kb-figure>`，里面是图注；成页时才换成内联 SVG：这样它在列表、折叠块里
+也不会被 Markdown 改动，进搜索索引的只有图注。
+"""
+
+import re
+import shutil
+from html import escape
+from pathlib import Path
+
+from ..errors import FragmentError
+from .cache import write_atomically
+from .run import Executed
+from .source import SETUP, Cell
+from .svg import inline_svg
+
+FIGURE = re.compile(r"(?:<p>)?<kb-figure ref=\"([^\"]+)\">[^<]*</kb-figure>(?:</p>)?")
+FENCE = "````"
+
+
+def write_fragments(executed: list[Executed], folder: Path) -> dict[str, str]:
+    """写出所有片段，删去多余的；返回 {占位标签的 ref: 内联的 <figure>}。"""
+    figures: dict[str, str] = {}
+    wanted: dict[Path, str] = {}
+    for result in executed:
+        for cell in result.notebook.code_cells:
+            if cell.label and cell.label != SETUP:
+                path = folder / result.notebook.key / f"{cell.label}.md"
+                wanted[path] = _fragment(result, cell, figures)
+    for path in folder.rglob("*.md") if folder.exists() else ():
+        if path not in wanted:
+            path.unlink()
+    for path, text in wanted.items():
+        # 内容没变就不动：serve 时不触发无谓的重建
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)
+    return figures
+
+
+def replace_figures(html: str, figures: dict[str, str]) -> str:
+    """把页面里的占位标签换成图。"""
+    return FIGURE.sub(lambda match: figures[match[1]], html)
+
+
+def _fragment(result: Executed, cell: Cell, figures: dict[str, str]) -> str:
+    place = f"{result.notebook.path}:{cell.line} [{cell.label}]"
+    blocks = []
+    if cell.echo != "hide":
+        code = f"{FENCE}python\n{cell.code}\n{FENCE}"
+        blocks.append(code if cell.echo == "show" else _fold(code))
+    captioned = False
+    for number, output in enumerate(result.outputs_of(cell)):
+        kind, content = _select(output, place)
+        if kind == "svg":
+            if not cell.caption:
+                raise FragmentError(f"{place}: 图没有图注。在单元开头写 `#| caption: 图上看到什么`。")
+            ref = f"{result.notebook.key}/{cell.label}/{number}"
+            figures[ref] = _figure(inline_svg(content, ref.replace("/", "-"), place), cell.caption)
+            blocks.append(f'<kb-figure ref="{ref}">{escape(cell.caption)}</kb-figure>')
+            captioned = True
+        elif kind == "markdown":
+            blocks.append(content.strip())
+        else:
+            blocks.append(f"{FENCE}text\n{content.rstrip()}\n{FENCE}")
+    if cell.caption and not captioned:
+        blocks.append(f"{cell.caption}\n{{ .kb-caption }}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _fold(code: str) -> str:
+    return '??? code "代码"\n\n' + "\n".join("    " + row if row else "" for row in code.splitlines())
+
+
+def _figure(svg: str, caption: str) -> str:
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+    return f'<figure class="kb-figure">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _select(output: dict, place: str) -> tuple[str, str]:
+    """一个输出里给页面看的那一种表示。"""
+    if output["output_type"] == "stream":
+        text = "".join(output["text"])
+        if output["name"] == "stderr":
+            raise FragmentError(
+                f"{place}: 单元往标准错误写了 {text.strip()[:200]!r}。消除警告，或改用 print。"
+            )
+        return "text", text
+    data = output["data"]
+    if "image/svg+xml" in data:
+        return "svg", "".join(data["image/svg+xml"])
+    if "text/markdown" in data:
+        return "markdown", "".join(data["text/markdown"])
+    text = "".join(data.get("text/plain", ""))
+    rich = sorted(set(data) - {"text/plain"})
+    if rich:
+        raise FragmentError(f"{place}: 输出是 {'、'.join(rich)}，页面只收 SVG 图、Markdown 与文本。")
+    if re.match(r"\[?<", text):
+        raise FragmentError(f"{place}: 单元最后一个表达式输出了 {text[:60]!r}。在那一行末尾加分号，或以 assert 结尾。")  # fmt: skip
+    return "text", text
+
+
+def clear(folder: Path) -> None:
+    """删掉全部片段（下次构建会重写）。"""
+    shutil.rmtree(folder, ignore_errors=True)

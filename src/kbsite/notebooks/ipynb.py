@@ -1,0 +1,41 @@
+"""写出执行过的 .ipynb：mkdocs-jupyter 拿它做成笔记页，读者也能下载。"""
+
+from pathlib import Path
+
+import nbformat
+
+from .cache import write_atomically
+from .run import Executed
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def write_ipynb(executed: list[Executed], folder: Path) -> dict[str, Path]:
+    """每份笔记写一个 `<folder>/<key>.ipynb`，删去多余的；返回 {key: 路径}。"""
+    paths = {result.notebook.key: folder / f"{result.notebook.key}.ipynb" for result in executed}
+    for path in folder.rglob("*.ipynb") if folder.exists() else ():
+        if path not in paths.values():
+            path.unlink()
+    for result in executed:
+        text = nbformat.writes(_node(result), version=4) + "\n"
+        path = paths[result.notebook.key]
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)
+    return paths
+
+
+def _node(result: Executed) -> nbformat.NotebookNode:
+    cells = []
+    count = 0
+    for index, cell in enumerate(result.notebook.cells):
+        name = cell.label or f"cell-{index}"
+        if cell.kind != "code":
+            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=f"cell-{index}"))
+            continue
+        count += 1
+        outputs = [nbformat.from_dict(output) for output in result.outputs_of(cell)]
+        cells.append(nbformat.v4.new_code_cell(cell.source, id=name, outputs=outputs, execution_count=count))
+    return nbformat.v4.new_notebook(cells=cells, metadata=METADATA)

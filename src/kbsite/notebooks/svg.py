@@ -1,0 +1,38 @@
+"""把 matplotlib 的 SVG 变成可以内联进页面的一段：随主题变色、没有重复的 id、体积小、没有脚本。"""
+
+import re
+
+from ..errors import FragmentError
+
+INK = "#010203"  # matplotlibrc 里的记号色
+NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{3,}")
+FORBIDDEN = re.compile(
+    r"<script|<foreignObject|\son\w+\s*=|(?:href|src)\s*=\s*[\"'](?!#|data:image/png)", re.I
+)
+
+
+def inline_svg(svg: str, prefix: str, place: str) -> str:
+    """单行的 `<svg>`：`prefix` 加在每个 id 前面，同一页的几张图互不冲突。"""
+    match = re.search(r"<svg\b.*</svg>", svg, re.S)
+    if not match:
+        raise FragmentError(f"{place}: 图的输出里没有 <svg>。用 matplotlib 画图。")
+    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", match[0], flags=re.S)
+    if found := FORBIDDEN.search(svg):
+        raise FragmentError(f"{place}: 图里有不允许的内容 {found[0]!r}。图不能带脚本或引用外部文件。")
+    svg = svg.replace("xlink:href", "href").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    svg = re.sub(r"(<svg\b[^>]*?) width=\"[^\"]*\" height=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = svg.replace(INK, "currentColor")
+    # 字体随页面；matplotlib 用的字体读者未必有
+    svg = re.sub(r"font-family: [^;\"]*;?\s*", "", svg)
+    svg = re.sub(r"font: (?:[\w ]*?)(\d[\d.]*px) [^;\"]*", r"font-size: \1", svg)
+    # 坐标留两位小数；只动标签里的数，图上的文字不动
+    svg = re.sub(r"<[^>]*>", lambda tag: NUMBER.sub(_rounded, tag[0]), svg)
+    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
+    used = {a or b for a, b in used}
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r"url\(#|href=\"#", lambda m: f"{m[0]}{prefix}-", svg)
+    return re.sub(r"\s*\n\s*", " ", re.sub(r">\s+<", "><", svg))
+
+
+def _rounded(number: re.Match) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,144 @@
+"""页面的 Markdown 与 HTML：一句话回答、嵌入的检查、页尾的笔记链接、笔记页的修补。"""
+
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from .errors import CellNotFoundError, KbsiteError
+from .math.scan import mark_dollars
+from .notebooks.source import SETUP, Notebook
+
+INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"", re.M)
+ANSWER = re.compile(r"^([ \t]*)\{\{ answer \}\}[ \t]*$", re.M)
+HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1>", re.S)
+
+
+def fill_answer(markdown: str, meta: dict, path: str) -> str:
+    """把独占一行的 `{{ answer }}` 换成 front matter 的 answer。"""
+    if not ANSWER.search(markdown):
+        return markdown
+    if not meta.get("answer"):
+        raise KbsiteError(
+            f"{path}:1: 正文用了 {{{{ answer }}}}，front matter 里却没有 answer。补上一句不超过 60 字的回答。"
+        )
+    return ANSWER.sub(lambda match: match[1] + str(meta["answer"]).strip(), markdown)
+
+
+def check_includes(source: str, path: str, notebooks: dict[str, Notebook], root: Path) -> set[str]:
+    """检查页面源文件嵌入的每一处；返回用到的 `key/label`。嵌入不存在的单元时，消息列出有哪些标签。"""
+    used = set()
+    for match in INCLUDE.finditer(source):
+        target = match[1]
+        place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
+        if target.startswith("snippets/"):
+            _check_section(target, place, root)
+            continue
+        key, _, name = target.rpartition("/")
+        label = name.removesuffix(".md")
+        notebook = notebooks.get(key)
+        if notebook is None:
+            raise CellNotFoundError(
+                f"{place}: 没有专题键为 {key!r} 的笔记（notebooks/{key.replace('-', '_')}.py）。"
+            )
+        labels = [label for label in notebook.labels if label != SETUP]
+        if label not in labels or not name.endswith(".md"):
+            raise CellNotFoundError(
+                f"{place}: notebooks/{key.replace('-', '_')}.py 里没有标签 {label!r}（有：{'、'.join(labels) or '无'}）。"
+            )
+        used.add(f"{key}/{label}")
+    return used
+
+
+def _check_section(target: str, place: str, root: Path) -> None:
+    name, _, section = target.partition(":")
+    file = root / name
+    if not file.is_file():
+        raise KbsiteError(f"{place}: 嵌入的文件 {name} 不存在。")
+    text = file.read_text(encoding="utf-8")
+    sections = re.findall(r"--8<-- \[start:([\w-]+)\]", text)
+    if section and section not in sections:
+        raise KbsiteError(f"{place}: {name} 里没有片段 {section!r}（有：{'、'.join(sections) or '无'}）。")
+
+
+def unused_labels(notebooks: Iterable[Notebook], used: set[str]) -> list[str]:
+    """没有页面嵌入的标签，每个一条消息。"""
+    return [
+        f"{notebook.path}:{cell.line}: 标签 {cell.label!r} 没有页面嵌入。嵌入它，或去掉标签。"
+        for notebook in notebooks
+        for cell in notebook.code_cells
+        if cell.label and cell.label != SETUP and f"{notebook.key}/{cell.label}" not in used
+    ]
+
+
+def footer(key: str, origins: list[str], has_notebook: bool) -> str:
+    """页尾：完整笔记的链接与笔记里的原标题（含错字，搜索因此也认得它们）。"""
+    rows = []
+    if has_notebook:
+        name = key.rpartition("/")[2]
+        rows.append(
+            f"[:material-notebook-outline: 本页实验的完整笔记](../notebooks/{key.partition('/')[0]}/{name}.ipynb)"
+        )
+    if origins:
+        rows.append("对应的笔记标题：" + "；".join(f"「{title}」" for title in origins))
+    return "\n\n---\n\n" + "\n\n".join(f"{row}\n{{ .kb-footer }}" for row in rows) + "\n" if rows else ""
+
+
+def exclude_code_from_search(html: str) -> str:
+    """代码不进搜索索引：它比正文多，又很少是人要找的。"""
+    return re.sub(
+        r"<(details class=\"code\"|div class=\"(?:language-\w+ )?highlight\")",
+        r"<\1 data-search-exclude",
+        html,
+    )
+
+
+def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict]]:
+    """修补 mkdocs-jupyter 的页面；返回 HTML 与目录（toc tokens）。
+
+    去掉它内联的 574 KB 样式与全部脚本，套上本站的高亮类；中文标题补上 id；公式标成本站的样子。
+    """
+    html = re.sub(
+        r"<style\b.*?</style>|<script\b.*?</script>|<link\b[^>]*>|<!--.*?-->", "", html, flags=re.S | re.I
+    )
+    # 提示符、复制按钮与各种包装在本站样式里没有用处
+    html = re.sub(r"<div class=\"jp-(?:Input|Output)Prompt[^>]*>.*?</div>", "", html, flags=re.S)
+    html = re.sub(r"<div class=\"clipboard-copy-txt\".*?</div>", "", html, flags=re.S)
+    html = re.sub(
+        r"<div class=\"zeroclipboard-container\">.*?</clipboard-copy>\s*</div>", "", html, flags=re.S
+    )
+    html = html.replace(' tabindex="0"', "").replace(
+        '<div class="highlight-ipynb hl-python">', '<div class="highlight">'
+    )
+    html = re.sub(r"<a class=\"anchor-link\"[^>]*>.*?</a>", "", html, flags=re.S)
+    # 选项行是给构建看的
+    html = re.sub(r"<span class=\"c1\">#\| .*?</span>\n?", "", html)
+    html = mark_dollars(html)
+    tokens: list[dict] = []
+    seen: dict[str, int] = {}
+
+    def heading(match: re.Match) -> str:
+        level, inner = match[1], match[2]
+        name = re.sub(r"<[^>]+>", "", inner).strip()
+        slug = re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "section"
+        seen[slug] = seen.get(slug, 0) + 1
+        slug = slug if seen[slug] == 1 else f"{slug}-{seen[slug]}"
+        tokens.append(
+            {
+                "level": int(level),
+                "id": slug,
+                "name": name,
+                "html": name,
+                "data-toc-label": "",
+                "children": [],
+            }
+        )
+        return f'<h{level} id="{slug}">{inner}</h{level}>'
+
+    html = HEADING.sub(heading, html)
+    download = key.rpartition("/")[2] + ".ipynb"
+    links = (
+        f'<p class="kb-footer"><a href="{escape(page_href)}">返回专题页</a> · '
+        f'<a href="{escape(download)}" download>下载这份笔记（.ipynb，含输出）</a></p>'
+    )
+    return links + html, tokens

@@ -1,0 +1,58 @@
+"""项目的文件夹，以及「执行笔记、写出片段与 .ipynb」这一步。"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .notebooks.fragments import write_fragments
+from .notebooks.ipynb import write_ipynb
+from .notebooks.run import Executed, execute_all
+from .notebooks.source import read_all
+
+
+@dataclass(frozen=True)
+class Project:
+    """项目根与由它决定的各个位置；缓存全在 `.cache/` 下，可以整个删掉。"""
+
+    root: Path
+
+    @property
+    def notebooks(self) -> Path:
+        return self.root / "notebooks"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / ".cache"
+
+    @property
+    def fragments(self) -> Path:
+        return self.cache / "fragments"
+
+    @property
+    def ipynb(self) -> Path:
+        """执行过的 .ipynb；下面的 `notebooks/` 与站点里的路径一致。"""
+        return self.cache / "ipynb"
+
+    @property
+    def node_modules(self) -> Path:
+        return self.root / "node_modules"
+
+
+@dataclass(frozen=True)
+class Built:
+    """笔记这一步的产物。"""
+
+    executed: list[Executed]
+    figures: dict[str, str]
+    ipynb: dict[str, Path]
+
+
+def build_notebooks(project: Project, *, only: str | None = None) -> Built:
+    """执行（缓存里没有的）笔记，写出片段与 .ipynb；`only` 只做一份（专题键）。"""
+    notebooks = read_all(project.notebooks)
+    if only:
+        chosen = [notebook for notebook in notebooks if notebook.key == only]
+        execute_all(chosen, project.root, project.cache / "notebooks")
+        return Built([], {}, {})
+    executed = execute_all(notebooks, project.root, project.cache / "notebooks")
+    figures = write_fragments(executed, project.fragments)
+    return Built(executed, figures, write_ipynb(executed, project.ipynb / "notebooks"))
