@@ -12,11 +12,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # OFFLINE=1：建能从 file:// 打开的版本
 ifeq ($(OFFLINE),1)
-export OFFLINE := true
+export KB_OFFLINE := true
 export DIRECTORY_URLS := false
 SITE ?= site-offline
 else
-unexport OFFLINE
 SITE ?= site
 endif
 export PYTHONPATH := src:.

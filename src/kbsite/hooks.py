@@ -1,6 +1,7 @@
 """MkDocs 的钩子：把各步接到构建上。只有这个文件知道 MkDocs；换生成器时只重写它。"""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mkdocs.structure.toc import get_toc  # noqa: E402
 
 from kbsite import pages, topics  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
+from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
 from kbsite.math.scan import formulas, replace  # noqa: E402
 from kbsite.notebooks.fragments import replace_figures  # noqa: E402
@@ -21,9 +23,11 @@ from kbsite.project import Built, Project, build_notebooks  # noqa: E402
 log = logging.getLogger("mkdocs.plugins.kbsite")
 
 MATH_FOLDER = "assets/math"
+OFFLINE_WORKER = "assets/javascripts/iframe-worker.js"
 
 # 库的逐页日志会淹没我们自己的输出
-logging.getLogger("mkdocs.plugins.mkdocs_jupyter").setLevel(logging.WARNING)
+for _name in ("mkdocs.plugins.mkdocs_jupyter", "jieba"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class _Build:
@@ -43,6 +47,10 @@ class _Build:
 _build: _Build | None = None
 
 
+def _offline() -> bool:
+    return os.environ.get("KB_OFFLINE") == "true"
+
+
 def _notebook_key(src_uri: str) -> str | None:
     """`notebooks/rl/clip.ipynb` → `rl/clip`；不是笔记页就是 None。"""
     if src_uri.startswith("notebooks/") and src_uri.endswith(".ipynb"):
@@ -50,10 +58,13 @@ def _notebook_key(src_uri: str) -> str | None:
     return None
 
 
+@event_priority(100)  # 在 offline 插件之前：它找不到 iframe-worker 就会写上一个 CDN 的地址
 def on_config(config):
-    """没有仓库地址（本机、离线版）就没有「编辑此页」。"""
+    """没有仓库地址（本机、离线版）就没有「编辑此页」；离线版自带 file:// 下搜索要用的脚本。"""
     if not config.repo_url:
         config.edit_uri = None
+    if _offline():
+        config.extra["polyfills"] = [OFFLINE_WORKER]
     return config
 
 
@@ -70,6 +81,9 @@ def on_pre_build(config):
 @event_priority(100)  # 在 mkdocs-jupyter 之前：它在 on_files 里认领 .ipynb
 def on_files(files, config):
     """把执行过的笔记放进站点。"""
+    if _offline():
+        script = _build.project.node_modules / "iframe-worker/shim/index.js"
+        files.append(File.generated(config, OFFLINE_WORKER, abs_src_path=str(script)))
     folder = _build.project.ipynb
     for key in _build.built.ipynb:
         files.append(
@@ -135,10 +149,13 @@ def on_post_page(output, page, config):
 def on_post_build(config):
     """写全站一份的公式样式与字体。"""
     site = Path(config.site_dir) / MATH_FOLDER
-    (site / "fonts").mkdir(parents=True, exist_ok=True)
     css = _build.math.stylesheet()
+    fonts = _build.math.fonts(css)
+    if _offline():
+        css, fonts = embed(css, fonts), {}
+    (site / "fonts").mkdir(parents=True, exist_ok=True)
     (site / "math.css").write_text(css, encoding="utf-8")
-    for name, content in _build.math.fonts(css).items():
+    for name, content in fonts.items():
         (site / "fonts" / name).write_bytes(content)
     _build.math.save()
     _build.math.close()

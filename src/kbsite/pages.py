@@ -113,6 +113,10 @@ def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict
     html = re.sub(r"<a class=\"anchor-link\"[^>]*>.*?</a>", "", html, flags=re.S)
     # 选项行是给构建看的
     html = re.sub(r"<span class=\"c1\">#\| .*?</span>\n?", "", html)
+    # 主题的代码样式要 <code>
+    html = re.sub(
+        r"(<div class=\"highlight\"><pre>)(.*?)</pre>", r"\1<code>\2</code></pre>", html, flags=re.S
+    )
     html = mark_dollars(html)
     tokens: list[dict] = []
     seen: dict[str, int] = {}

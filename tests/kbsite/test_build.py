@@ -106,7 +106,9 @@ def test_formulas_are_typeset_everywhere_and_code_is_left_alone(project):
     result = demo(project).build("--strict")
     assert result.returncode == 0, result.stderr
     page = project.page("rl/demo")
-    assert {"a^2", "x_1", r"\lvert t\rvert", r"\beta", "k_3", r"r-1-\log r", r"\rho", "w = 1", "f"} <= set(tex_of(page))
+    assert {"a^2", "x_1", r"\lvert t\rvert", r"\beta", "k_3", r"r-1-\log r", r"\rho", "w = 1", "f"} <= set(
+        tex_of(page)
+    )
     assert any("aligned" in tex for tex in tex_of(page))
     assert "$not_math$" in page and "$not_math_either$" in page
     assert "arithmatex" not in page and "kb-figure ref" not in page
@@ -175,7 +177,10 @@ def test_search_index_has_prose_but_no_code_figures_or_notebooks(project):
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ('--8<-- "rl/demo/tabel.md"', "docs/rl/demo.md:9: notebooks/rl/demo.py 里没有标签 'tabel'（有：figure、table）"),
+        (
+            '--8<-- "rl/demo/tabel.md"',
+            "docs/rl/demo.md:9: notebooks/rl/demo.py 里没有标签 'tabel'（有：figure、table）",
+        ),
         ('--8<-- "rl/other/table.md"', "没有专题键为 'rl/other' 的笔记"),
         ('--8<-- "snippets/rl/nothing.py"', "嵌入的文件 snippets/rl/nothing.py 不存在"),
         (r"公式 $\nosuch{x}$", r"docs/rl/demo.md:9: 公式排不出来：Undefined control sequence \nosuch"),
@@ -183,7 +188,9 @@ def test_search_index_has_prose_but_no_code_figures_or_notebooks(project):
     ],
 )
 def test_mistakes_in_a_page_stop_the_build_with_place_fact_and_cure(project, page, message):
-    demo(project).write("docs/rl/demo.md", f"---\ntitle: 演示\ndescription: 演示\n---\n\n# 演示\n\n---\n{page}\n")
+    demo(project).write(
+        "docs/rl/demo.md", f"---\ntitle: 演示\ndescription: 演示\n---\n\n# 演示\n\n---\n{page}\n"
+    )
     # front matter 之后的正文从第 5 行起；被测的那一行是第 9 行
     result = project.build("--strict")
     assert result.returncode != 0

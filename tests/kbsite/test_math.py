@@ -1,10 +1,15 @@
 """公式：找、排、缓存、出错。真的用 Node 与 MathJax。"""
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import pytest
+from fontTools.ttLib import TTFont
 
 from kbsite.errors import MathRenderError
+from kbsite.math.fonts import embed
 from kbsite.math.mathjax import MathJax
 from kbsite.math.scan import Formula, formulas, mark_dollars, replace
 
@@ -91,24 +96,35 @@ def test_stylesheet_does_not_depend_on_order_or_cache(tmp_path):
         engine = MathJax(MODULES, cache)
         html = {formula.tex: engine.typeset(formula) for formula in order}
         css = engine.stylesheet()
-        fonts = engine.fonts(css)
         engine.save()
         engine.close()
-        return html, css, fonts, engine.typeset_count
+        return html, css, engine.typeset_count
 
     first = build(wanted, tmp_path / "a" / "math.json")
     backwards = build(wanted[::-1], tmp_path / "b" / "math.json")
     cached = build(wanted, tmp_path / "a" / "math.json")
-    assert first[:3] == backwards[:3] == cached[:3]
-    assert (first[3], cached[3]) == (4, 0)
+    assert first[:2] == backwards[:2] == cached[:2]
+    assert (first[2], cached[2]) == (4, 0)
 
 
-def test_stylesheet_names_only_fonts_that_formulas_use(mathjax):
+def test_stylesheet_carries_only_the_fonts_and_glyphs_in_use(mathjax):
     mathjax.typeset(Formula(r"x+\mathbb{E}", False))
     css = mathjax.stylesheet()
-    assert "mjx-ncm-ds.woff2" in css and "mjx-ncm-f.woff2" not in css
-    fonts = mathjax.fonts(css)
-    assert sum(map(len, fonts.values())) < 15_000
+    assert "MJX-NCM-DS" in css and "MJX-NCM-F;" not in css
+    files = mathjax.fonts(css)
+    glyphs = {name: TTFont(io.BytesIO(content)).getBestCmap() for name, content in files.items()}
+    assert ord("𝑥") in glyphs["mjx-ncm-n.woff2"] and ord("𝔼") in glyphs["mjx-ncm-ds.woff2"]
+    assert ord("∫") not in glyphs["mjx-ncm-n.woff2"]
+    assert sum(map(len, files.values())) < 10_000
+
+
+def test_embedded_fonts_are_the_same_fonts(mathjax):
+    mathjax.typeset(Formula("x", False))
+    css = mathjax.stylesheet()
+    files = mathjax.fonts(css)
+    inlined = embed(css, files)
+    assert 'url("' not in inlined
+    assert {base64.b64decode(data) for data in re.findall(r"base64,([^)]+)\)", inlined)} == set(files.values())
 
 
 def test_damaged_cache_is_rebuilt(tmp_path):

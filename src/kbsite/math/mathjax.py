@@ -18,6 +18,19 @@ from .scan import Formula, attribute
 
 SCRIPT = Path(__file__).with_name("render.mjs")
 ANSWER_SECONDS = 20
+# 公式的排布不取决于字体到没到，页面就不会跳：
+# 行高与基线本来由零宽字体 MJX-NCM-ZERO 定（上下对称），它没到时由同样对称的本地字体代替；
+# 行内公式的断点本来用 MJX-BRK 的空格，改成字号为零的空格加字距。
+STABLE = """\
+@font-face{font-family: MJX-LOCAL;src: local("Arial"), local("Roboto"), local("Liberation Sans"), local("DejaVu Sans"), local("Noto Sans"), local("Noto Sans CJK SC");ascent-override: 0%;descent-override: 0%;line-gap-override: 0%}
+mjx-container[jax="CHTML"] mjx-break{font-size: 0}
+mjx-container[jax="CHTML"] mjx-break[size="0"]{letter-spacing: 0}
+mjx-container[jax="CHTML"] mjx-break[size="1"]{letter-spacing: .092rem}
+mjx-container[jax="CHTML"] mjx-break[size="2"]{letter-spacing: .139rem}
+mjx-container[jax="CHTML"] mjx-break[size="3"]{letter-spacing: .185rem}
+mjx-container[jax="CHTML"] mjx-break[size="4"]{letter-spacing: .231rem}
+mjx-container[jax="CHTML"] mjx-break[size="5"]{letter-spacing: .277rem}
+"""
 FAMILY = re.compile(r"^(?:@font-face /\* MJX-|\.)(NCM-[\w-]+)")
 
 
@@ -60,17 +73,19 @@ class MathJax:
         rules: dict[str, None] = {}
         for key in sorted(self._used):
             rules |= dict.fromkeys(self._entries[key][1])
-        classes = {name for key in self._used for name in re.findall(r"\bNCM-[\w-]+", self._entries[key][0])}
-        return "\n".join(rule for rule in rules if _needed(rule, classes)) + "\n"
+        classes = set(re.findall(r"\bNCM-[\w-]+", self._rendered()))
+        return "\n".join([*(rule for rule in rules if _needed(rule, classes)), STABLE])
 
     def fonts(self, css: str) -> dict[str, bytes]:
         """样式表引用到的字体，只含用到的字形：{文件名: 内容}。"""
         folder = self.modules / "@mathjax" / "mathjax-newcm-font" / "chtml" / "woff2"
-        characters = set("".join(self._entries[key][0] for key in self._used))
-        names = sorted(set(re.findall(r"mjx-[\w-]+\.woff2", css)))
-        return {
-            name: subset((folder / name).read_bytes(), characters, self.cache_file.parent) for name in names
-        }
+        characters = set(self._rendered())
+        names = sorted(set(re.findall(r"fonts/(mjx-[\w-]+\.woff2)", css)))
+        cache = self.cache_file.parent / "fonts"
+        return {name: subset((folder / name).read_bytes(), characters, cache) for name in names}
+
+    def _rendered(self) -> str:
+        return "".join(self._entries[key][0] for key in sorted(self._used))
 
     def save(self) -> None:
         """写缓存：规则只存一份，公式存规则的编号。"""
@@ -157,10 +172,13 @@ def _compact(html: str, formula: Formula) -> str:
 
 
 def _minify(rule: str) -> str:
-    return re.sub(r"\s*([{};])\s*", r"\1", re.sub(r"\s+", " ", rule)).replace(";}", "}").strip()
+    rule = re.sub(r"\s*([{};])\s*", r"\1", re.sub(r"\s+", " ", rule)).replace(";}", "}").strip()
+    return re.sub(r"(font-family: MJX-NCM-ZERO(?:, MJX-[\w-]+)+)", r"\1, MJX-LOCAL", rule)
 
 
 def _needed(rule: str, classes: set[str]) -> bool:
-    """样式表里总带着全部字体的声明；没有公式用到的字体不要。"""
+    """样式表里总带着全部字体的声明；没有公式用到的字体、已由 STABLE 代替的断行字体不要。"""
+    if rule.startswith("@font-face /* MJX-BRK"):
+        return False
     family = FAMILY.match(rule)
     return not family or family[1] in classes or family[1] == "NCM-ZERO"

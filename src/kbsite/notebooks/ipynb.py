@@ -6,6 +6,7 @@ import nbformat
 
 from .cache import write_atomically
 from .run import Executed
+from .svg import inline_svg
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -27,6 +28,14 @@ def write_ipynb(executed: list[Executed], folder: Path) -> dict[str, Path]:
     return paths
 
 
+def _themed(output: dict, prefix: str) -> dict:
+    """图随主题变色，同一页的 id 不冲突（与片段里的图同样处理）。"""
+    svg = output.get("data", {}).get("image/svg+xml")
+    if svg is None:
+        return output
+    return output | {"data": output["data"] | {"image/svg+xml": inline_svg("".join(svg), prefix, prefix)}}
+
+
 def _node(result: Executed) -> nbformat.NotebookNode:
     cells = []
     count = 0
@@ -36,6 +45,9 @@ def _node(result: Executed) -> nbformat.NotebookNode:
             cells.append(nbformat.v4.new_markdown_cell(cell.source, id=f"cell-{index}"))
             continue
         count += 1
-        outputs = [nbformat.from_dict(output) for output in result.outputs_of(cell)]
+        outputs = [
+            nbformat.from_dict(_themed(output, f"{result.notebook.key}-{name}-{i}".replace("/", "-")))
+            for i, output in enumerate(result.outputs_of(cell))
+        ]
         cells.append(nbformat.v4.new_code_cell(cell.source, id=name, outputs=outputs, execution_count=count))
     return nbformat.v4.new_notebook(cells=cells, metadata=METADATA)

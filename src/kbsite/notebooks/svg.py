@@ -5,6 +5,8 @@ import re
 from ..errors import FragmentError
 
 INK = "#010203"  # matplotlibrc 里的记号色
+# matplotlibrc 里的曲线颜色，按序成为 --kb-c0、--kb-c1…：深色主题在 extra.css 里换成更亮的一组
+PALETTE = ("#0072b2", "#b84f00", "#007a58", "#a8447f", "#6b6b6b", "#8a6500")
 NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{3,}")
 FORBIDDEN = re.compile(
     r"<script|<foreignObject|\son\w+\s*=|(?:href|src)\s*=\s*[\"'](?!#|data:image/png)", re.I
@@ -22,6 +24,8 @@ def inline_svg(svg: str, prefix: str, place: str) -> str:
     svg = svg.replace("xlink:href", "href").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
     svg = re.sub(r"(<svg\b[^>]*?) width=\"[^\"]*\" height=\"[^\"]*\"", r"\1", svg, count=1)
     svg = svg.replace(INK, "currentColor")
+    for number, color in enumerate(PALETTE):
+        svg = svg.replace(color, f"var(--kb-c{number},{color})")
     # 字体随页面；matplotlib 用的字体读者未必有
     svg = re.sub(r"font-family: [^;\"]*;?\s*", "", svg)
     svg = re.sub(r"font: (?:[\w ]*?)(\d[\d.]*px) [^;\"]*", r"font-size: \1", svg)

@@ -1,0 +1,121 @@
+"""真实站点的测试：建一次站（严格），用真实浏览器看它。只连本机。"""
+
+import functools
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+from sitetools import REPOSITORY_URL, ROOT, build
+
+from kbsite.browser import ensure_chromium
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """像部署在 `https://…/some-repo/` 那样建的站：有子路径、有仓库地址。"""
+    folder = tmp_path_factory.mktemp("www") / "some-repo"
+    return build(folder, SITE_URL="https://example.org/some-repo/", REPO_URL=REPOSITORY_URL)
+
+
+@pytest.fixture(scope="session")
+def offline_site(tmp_path_factory):
+    """从 file:// 打开的版本。"""
+    return build(tmp_path_factory.mktemp("offline"), KB_OFFLINE="true", DIRECTORY_URLS="false")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def base_url(site):
+    """站点在本机的地址，带子路径。"""
+    handler = functools.partial(_Quiet, directory=str(site.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/some-repo/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """无头 Chromium；中文字体用 mplfonts 自带的，各机器的排版才一致。"""
+    import importlib.util
+
+    fonts = Path(importlib.util.find_spec("mplfonts").submodule_search_locations[0]) / "fonts"
+    folder = tmp_path_factory.mktemp("fontconfig")
+    (folder / "fonts.conf").write_text(
+        '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig>'
+        f"<dir>/usr/share/fonts</dir><dir>{fonts}</dir><cachedir>{folder}/cache</cachedir>"
+        '<include ignore_missing="yes">/etc/fonts/conf.d</include></fontconfig>'
+    )
+    environment = {**os.environ, "FONTCONFIG_FILE": str(folder / "fonts.conf")}
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=ensure_chromium(),
+            args=[
+                "--no-sandbox",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+            env=environment,
+        )
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """一个浏览器页面；记下脚本错误与发往别处的请求（一律拒绝）。"""
+
+    def __init__(self, page, origin):
+        self.page = page
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+
+        def route(handle):
+            url = handle.request.url
+            if url.startswith((origin, "data:", "blob:")):
+                handle.continue_()
+            else:
+                self.foreign.append(url)
+                handle.abort()
+
+        page.route("**/*", route)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("requestfailed", lambda request: self.errors.append(f"失败的请求 {request.url}"))
+
+
+@pytest.fixture
+def visit(browser, base_url):
+    """打开一个地址，返回 Visitor。"""
+    contexts = []
+
+    def open_page(url, *, width=1280, height=844, scheme="light", origin=None, **options):
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, locale="zh-CN", **options
+        )
+        contexts.append(context)
+        visitor = Visitor(context.new_page(), origin or base_url)
+        target = url if "://" in url else base_url + url
+        visitor.page.goto(target, wait_until="load")
+        return visitor
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def topic_pages():
+    """专题页的键：有 answer 的页面。"""
+    return [
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        for path in sorted((ROOT / "docs").glob("*/*.md"))
+        if "\nanswer:" in path.read_text(encoding="utf-8")
+    ]

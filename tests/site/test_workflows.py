@@ -1,0 +1,46 @@
+"""GitHub 工作流：schema 合法、zizmor 没有发现、动作都钉在完整的提交散列上、权限最小。"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sitetools import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_there_is_a_check_and_a_deployment():
+    assert [path.stem for path in WORKFLOWS] == ["check", "deploy"]
+
+
+def test_workflows_match_the_schema():
+    result = run("check_jsonschema", "--builtin-schema", "vendor.github-workflows", *map(str, WORKFLOWS))
+    assert result.returncode == 0, result.stdout
+
+
+def test_zizmor_finds_nothing():
+    command = [Path(sys.executable).with_name("zizmor"), "--offline", "--persona=pedantic", ".github/workflows"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_full_commit_hash(path):
+    uses = re.findall(r"uses: (\S+)", path.read_text(encoding="utf-8"))
+    assert uses and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", name) for name in uses), uses
+
+
+def test_check_runs_foreign_code_without_secrets_or_write_access():
+    text = (ROOT / ".github/workflows/check.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in text and "pull_request_target" not in workflow[True]  # YAML 把 on 读成 True
+    assert "persist-credentials: false" in text
