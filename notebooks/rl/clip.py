@@ -231,9 +231,12 @@ assert f"{free['kl']:.2f}" == "0.13" and f"{ppo['kl']:.2f}" == "0.02"
 assert f"{ppo['further']:.0%}" == "62%"
 assert (free["range"], ppo["range"]) == ("0.25–7.62", "0.62–1.49")
 assert f"{runs[1, 80.0][1]['outside']:.1%}" == f"{runs[1, 80.0][0]['outside']:.1%}" == "64.5%"
+further = []
 for seed in range(5):
     free, ppo = inner_steps(no_clip, 16, 5.0, seed), inner_steps(clipped_surrogate_loss, 16, 5.0, seed)
-    assert ppo["kl"] < free["kl"] / 3 and 0.25 < ppo["outside"] < free["outside"] and ppo["further"] > 0.4
+    assert ppo["kl"] < free["kl"] / 3 and 0.25 < ppo["outside"] < free["outside"]
+    further.append(ppo["further"])
+assert (f"{min(further):.0%}", f"{max(further):.0%}") == ("59%", "66%")
 
 headers = ["同一批样本", "不裁剪：ρ 的 1%–99%", "裁剪：ρ 的 1%–99%", "裁剪：在区间外", "裁剪：梯度为零"]
 Markdown(tabulate(rows, headers=headers, tablefmt="github"))

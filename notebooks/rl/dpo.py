@@ -185,6 +185,13 @@ probs = torch.tensor([0.2, 0.05], requires_grad=True)
 chosen, rejected = probs.log().unsqueeze(-1)
 dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1).sum().backward()
 torch.testing.assert_close(probs.grad, torch.tensor([-0.25, 1.0]))
+# 偏导不是更新量：表格式 softmax（其余概率归第三个答案）走一小步，chosen 升的是 rejected 降的 2.96 倍
+before = torch.tensor([0.2, 0.05, 0.75])
+logits = before.log().requires_grad_()
+chosen, rejected, _ = logits.log_softmax(-1).unsqueeze(-1)
+dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1).sum().backward()
+change = (logits.detach() - 1e-4 * logits.grad).softmax(-1) - before
+assert f"{(change[0] / -change[1]).item():.2f}" == "2.96"
 
 # 求和与平均会给出相反的符号：chosen 2 个 token 各涨 1，rejected 10 个 token 各涨 0.5
 gains = torch.zeros(2, 10)

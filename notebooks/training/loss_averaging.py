@@ -170,7 +170,7 @@ Markdown(
 
 # %%
 #| label: accumulation-gradient-error
-#| caption: 120 个 token 切成两个微批累积：切得越不均，朴素写法的梯度偏得越远，方差放大倍数也越大
+#| caption: 120 个 token 切成两个微批累积：这组数据里切得越不均，朴素写法的梯度偏得越远，方差放大倍数也越大
 #| echo: fold
 splits = [(60, 60), (100, 20), (110, 10), (119, 1)]
 rows, stored = [], {}
@@ -222,7 +222,7 @@ for n_a, n_b in splits:
     _, with_factor = reduced(global_mean(n_a + n_b, dp_size=2), ranks)
     assert abs(relative_error(naive, full_grad) - stored[(n_a, n_b)][0]) < 1e-13
     assert abs(cosine(naive, full_grad) - stored[(n_a, n_b)][1]) < 1e-13
-    assert abs((without_factor.norm() / full_grad.norm()).item() - 0.5) < 1e-14
+    assert relative_error(2 * without_factor, full_grad) < 1e-14  # 恰好一半，方向不变
     assert relative_error(with_factor, full_grad) < 1e-14
     rows.append(
         [f"{n_a} / {n_b}"] + [relative_error(g, full_grad) for g in (naive, without_factor, with_factor)]
@@ -303,6 +303,11 @@ assert f"{naive_losses[-1]:.2f}" == "2.16" and f"{big_losses[-1]:.2f}" == "1.64"
 assert abs(correct_losses[-1] - big_losses[-1]) < 1e-12
 assert all(a > b for a, b in zip(naive_losses, big_losses, strict=True))
 # 这里每个微批只有一条序列，朴素累积优化的其实是样本平均；按样本平均量，它反而更低
+naive_step(model, dataset[0])
+one_per_micro_batch = flat_grad(model)
+input_ids, labels = collate(dataset[0])
+global_sequence_mean_loss(model(input_ids), labels, num_sequences=len(dataset[0])).backward()
+assert relative_error(one_per_micro_batch, flat_grad(model)) < 1e-14
 assert f"{naive_seq:.2f}" == "1.81" and f"{big_seq:.2f}" == "2.40"
 
 # %%
@@ -364,6 +369,7 @@ assert f"{versions['均值的均值'][0][0] - truth[0]:.3f}" == "0.003" and rows
 scale_only = ["再除一次 $M$", "漏乘 $W$", "标签不移位", "数了 padding"]
 assert [f"{result[k][0]:.3f}" for k in scale_only] == ["0.500", "0.500", "0.928", "0.604"]
 assert all(abs(result[k][1] - 1) < 1e-12 and result[k][2] < 1e-4 for k in scale_only)  # 只差一个常数
+assert rows[2][4] == "4e-05"
 # 全 -100：loss 是 NaN，梯度却没有 NaN，只是被空的微批稀释
 nan_loss, diluted = versions["均值遇上全 -100"][0]
 assert nan_loss.isnan() and not diluted.isnan().any() and f"{result['均值遇上全 -100'][0]:.3f}" == "0.716"
@@ -399,6 +405,7 @@ for n, w_token, w_seq in zip(lengths, shares["token"].tolist(), shares["seq"].to
     assert abs(w_token - 1 / 130) < 1e-15 and abs(w_seq - 1 / (3 * n)) < 1e-15
     rows.append([n, n * w_token, n * w_seq, w_seq / w_token])
 assert abs(shares["seq"][0] / shares["seq"][1] - 10) < 1e-12
+assert [f"{r[-1]:.2f}" for r in rows] == ["4.33", "0.43", "2.17"]
 Markdown(
     tabulate(
         rows,

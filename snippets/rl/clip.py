@@ -68,8 +68,8 @@ def clipped_surrogate_loss(
 
     References:
         PPO 式 (7)，https://arxiv.org/abs/1707.06347 。与 TRL 1.16 `GRPOTrainer._compute_loss`
-        （`loss_type="grpo"`、`delta=None`）的逐 token 损失一致。verl 0.9.0 的 `vanilla` 另外把
-        $\log\rho$ 截到 ±20，并且总是叠加 `dual_clip_loss` 的上限。
+        （`loss_type="grpo"`、`delta=None`）的逐 token 损失一致。verl 0.9.0 的 `vanilla` 与 OpenRLHF 0.11.0
+        另外把 $\log\rho$ 截到 ±20；verl 还总是叠加 `dual_clip_loss` 的上限。
     """
     _check_widths(clip_low, clip_high)
     ratio = (log_probs - old_log_probs).exp()
@@ -115,8 +115,8 @@ def dual_clip_loss(
 
     References:
         https://arxiv.org/abs/1912.09729 。与 verl 0.9.0 的 `vanilla`（`clip_ratio_c`，默认 3.0）和 OpenRLHF 0.11.0
-        的 `PolicyLoss(dual_clip=...)` 一致。TRL 1.16 的 `delta` 先把 $\rho$ 截到 $\delta$ 再取 min，
-        负优势上与 $c=\delta$ 等价；$\delta\ge1+\epsilon_{\text{high}}$ 时对正优势也没有影响。
+        的 `PolicyLoss(dual_clip=...)` 一致（除 $\lvert\log\rho\rvert>20$ 外）。TRL 1.16 的 `delta` 先把 $\rho$ 截到 $\delta$
+        再取 min：$\delta\ge1+\epsilon_{\text{high}}$ 时与 $c=\delta$ 等价（只有恰好 $\rho=\delta$ 处它给完整的梯度），更小则不等价。
     """
     if dual_clip <= 1:
         raise ValueError(

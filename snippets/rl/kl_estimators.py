@@ -12,7 +12,7 @@ $\log r=\log\pi_{\text{ref}}-\log\pi_\theta$，要估计的是反向 KL，即 $\
 References:
     J. Schulman, Approximating KL Divergence (2020), http://joschu.net/blog/kl-approx.html
     DeepSeekMath, 式 4, https://arxiv.org/abs/2402.03300
-    DeepSeek-V3.2, §3.1 "Unbiased KL Estimate", https://arxiv.org/abs/2512.02556
+    DeepSeek-V3.2, §3.1 "Unbiased KL Estimate", 式 7, https://arxiv.org/abs/2512.02556
 """
 
 import torch
@@ -36,7 +36,7 @@ def kl_categorical(logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B 
 
     $$\mathrm{KL}(\pi_\theta\Vert\pi_{\text{ref}})=\sum_{v=1}^{V}\pi_\theta(v)\log\frac{\pi_\theta(v)}{\pi_{\text{ref}}(v)}$$
 
-    注意：第一个参数是被求期望的那一边；要正向 KL，即 $\mathrm{KL}(\pi_{\text{ref}}\Vert\pi_\theta)$，把两个参数对调。
+    注意：第一个参数是被求期望的那一边；要前向 KL，即 $\mathrm{KL}(\pi_{\text{ref}}\Vert\pi_\theta)$，把两个参数对调。
 
     Args:
         logits: 当前策略在每个位置上的 logits。
@@ -103,7 +103,7 @@ def kl_k3(log_probs: Float[Tensor, "*B T"], ref_log_probs: Float[Tensor, "*B T"]
 
     $$k_3=r-1-\log r,\qquad r=\frac{\pi_{\text{ref}}(x)}{\pi_\theta(x)}$$
 
-    注意：值估计反向 KL，当损失求导却是正向 KL 的梯度。这里不截断，$\log r$ 超过约 88 时 float32 会溢出成 inf。
+    注意：值估计反向 KL，当损失求导却是前向 KL 的梯度。这里不截断，$\log r$ 超过约 88 时 float32 会溢出成 inf。
 
     Args:
         log_probs: 当前策略给采样到的 token 的对数概率。
@@ -113,7 +113,7 @@ def kl_k3(log_probs: Float[Tensor, "*B T"], ref_log_probs: Float[Tensor, "*B T"]
         逐 token 的估计（nat），非负。
 
     References:
-        DeepSeekMath 式 4，https://arxiv.org/abs/2402.03300 。TRL 1.16.0 `GRPOTrainer` 用同一式（默认再乘重要性比）；
+        DeepSeekMath 式 4，https://arxiv.org/abs/2402.03300 。TRL 1.16.0 `GRPOTrainer` 用同一式（默认再乘重要性比值）；
         verl 0.9.1 `kl_penalty(..., "low_var_kl")` 先把 $\log r$ 截到 $\pm20$、再把结果截到 $[-10,10]$；
         OpenRLHF 0.11.2 `compute_approx_kl(..., "k3")` 把结果截到 10。
     """
@@ -131,11 +131,11 @@ def kl_k3_importance_weighted(
     old_log_probs: Float[Tensor, "*B T"],
     ref_log_probs: Float[Tensor, "*B T"],
 ) -> Float[Tensor, "*B T"]:
-    r"""乘上重要性比的 $k_3$：样本来自旧策略时，值与梯度都对应反向 KL。
+    r"""乘上重要性比值的 $k_3$：样本来自旧策略时，值与梯度都对应反向 KL。
 
     $$\rho\,k_3=\rho\,(r-1-\log r),\qquad\rho=\frac{\pi_\theta(x)}{\pi_{\text{old}}(x)}$$
 
-    注意：比值必须留在计算图里。同策略时它的值恒为 1，梯度却不为 0，少了它就退回 $k_3$ 的正向 KL 梯度。
+    注意：比值必须留在计算图里。同策略时它的值恒为 1，梯度却不为 0，少了它就退回 $k_3$ 的前向 KL 梯度。
 
     Args:
         log_probs: 当前策略的对数概率，带梯度。
@@ -146,7 +146,7 @@ def kl_k3_importance_weighted(
         逐 token 的损失（nat）。
 
     References:
-        DeepSeek-V3.2 §3.1，https://arxiv.org/abs/2512.02556 ；TRL 1.16.0 `GRPOConfig.use_bias_correction_kl=True`
+        DeepSeek-V3.2 §3.1 式 7，https://arxiv.org/abs/2512.02556 ；TRL 1.16.0 `GRPOConfig.use_bias_correction_kl=True`
         （`importance_sampling_level="token"`）时的 KL 项。
     """
     ratio = (log_probs - old_log_probs.detach()).exp()
@@ -160,7 +160,7 @@ def kl_k3_straight_through(
 
     $$k_2-\operatorname{sg}(k_2)+\operatorname{sg}(k_3),\qquad\operatorname{sg}\ \text{切断梯度}$$
 
-    注意：不含重要性比，只在样本来自当前策略时梯度无偏。
+    注意：不含重要性比值，只在样本来自当前策略时梯度无偏。
 
     Args:
         log_probs: 当前策略的对数概率，带梯度。
@@ -171,7 +171,7 @@ def kl_k3_straight_through(
 
     References:
         verl 0.9.1 `kl_penalty(..., "k3+")`（前向另有截断）；OpenRLHF 0.11.2 `compute_approx_kl(unbiased_gradient=True)`
-        在此之上再乘截断且不求导的重要性比。
+        在此之上再乘截断且不求导的重要性比值。
     """
     k2 = kl_k2(log_probs, ref_log_probs)
     return k2 - k2.detach() + kl_k3(log_probs, ref_log_probs).detach()

@@ -1,11 +1,11 @@
 r"""把模型输出的 logits 变成逐 token 对数概率，再求和成整条回答的对数概率。
 
-页面：docs/rl/dpo.md（「求和还是求平均」一节）；其他页面也从这里导入。
+页面：docs/rl/dpo.md（「用每 token 平均代替求和」一节）；其他页面也从这里导入。
 
 不包含：错位（由调用者切片，见 `log_probs_from_logits` 的注意）、按长度平均、分块省显存的实现。
 
 dtype：进出都是 float32 或 float64，不悄悄转换。bf16/fp16 的 logits 直接报错，由调用者先 `.float()`：
-整条回答是几百个对数概率之和，bf16 的舍入误差会盖过 DPO 关心的差值。
+整条回答的和常有几百到几千奈特，bf16 在那里的间隔是 2 到 32，会盖过 DPO 关心的差值。
 """
 
 import torch
@@ -42,7 +42,7 @@ def log_probs_from_logits(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B
         - TRL 1.16 `trl.trainer.utils.selective_log_softmax` 相同，但它不认 −100，且接受半精度。
     """
     if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits 是 {logits.dtype}：逐 token 的舍入误差会在求和时累积，请先 logits.float()")
+        raise TypeError(f"logits 是 {logits.dtype}：半精度放不下整条回答的对数概率之和，请先 logits.float()")
     # --8<-- [start:token]
     ignored = labels == IGNORE_INDEX
     # -100 不能拿去 gather，先换成任意合法下标

@@ -103,6 +103,17 @@ def test_causal_mask_by_hand():
     """2 个新 query、5 个 key（3 个在缓存里）：第 0 个看见 4 个，最后一个看见全部。"""
     mask = causal_mask(num_queries=2, num_keys=5)
     assert mask.tolist() == [[True, True, True, True, False], [True] * 5]
+    assert causal_mask(num_queries=2, num_keys=5, device=torch.device("meta")).device.type == "meta"
+
+
+def test_qk_norm_by_hand():
+    r"""q = k = (3, 3)，eps = 7：均方 9，归一化后是 3/√16 = 3/4；增益 (2,1)、(1,4)，scale = 1/2。
+
+    打分是 (9/16)(2·1 + 1·4)/2 = 27/16。
+    """
+    x = torch.tensor([[[[3.0, 3.0]]]])
+    logits = qk_norm_logits(x, x, torch.tensor([2.0, 1.0]), torch.tensor([1.0, 4.0]), scale=0.5, eps=7.0)
+    assert logits.item() == pytest.approx(27 / 16)
 
 
 # 与独立实现一致
@@ -398,15 +409,19 @@ def test_float16_dot_products_beyond_65504_stay_finite():
     assert (q @ q.transpose(-2, -1) * 128**-0.5).isinf().all()
     torch.testing.assert_close(attention_scores(q, q), torch.full((1, 1, 2, 2), 115200 * 128**-0.5))
     assert scaled_dot_product_attention(q, q, q).isfinite().all()
+    # 300² 也超过 65504：QK-norm 的均方要在 float32 里求，同向的打分才是 √128
+    ones = torch.ones(128, dtype=torch.float16)
+    torch.testing.assert_close(qk_norm_logits(10 * q, 10 * q, ones, ones), torch.full((1, 1, 2, 2), 128**0.5))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 1 / D])
 def test_huge_scores_never_overflow_whatever_the_scale(scale):
-    """打分到 1e30 也没有 NaN：靠的是减最大值，与缩放无关。"""
-    q, k, v = make_qkv(dtype=torch.float32)
+    """打分到 1e30 也没有 NaN：靠的是减最大值，与缩放无关。掩码若填 -1e9 而不是 -∞，会被看见。"""
+    q, k, v = make_qkv(num_queries=S, dtype=torch.float32)
     out = scaled_dot_product_attention(1e15 * q, 1e15 * k, v, scale=scale, is_causal=True)
     assert attention_scores(1e15 * q, 1e15 * k, scale=scale).abs().max() > 1e29
-    assert out.isfinite().all()
+    truth = loop_attention(1e15 * q, 1e15 * k, v, scale=D**-0.5 if scale is None else scale, causal=True)
+    torch.testing.assert_close(out, truth.float())
 
 
 def test_a_single_key_returns_its_value():

@@ -93,10 +93,12 @@ def test_only_two_of_the_six_cells_have_zero_gradient():
 
 
 def test_dual_clip_caps_only_the_negative_advantage_loss():
-    """c=3。Â=−1：ρ=2 → 2，梯度 2；ρ=4 → 封顶 3，梯度 0（不封顶时是 4）。Â=+1：ρ=4 → PPO 的 −1.2，不变。"""
-    loss, grad = grad_of(dual_clip_loss, *case([[2.0, 4.0], [2.0, 4.0]], [[-1.0], [1.0]]))
-    torch.testing.assert_close(loss, tensor([[2.0, 3.0], [-1.2, -1.2]]))
-    torch.testing.assert_close(grad, tensor([[2.0, 0.0], [0.0, 0.0]]))
+    """c=3、ε=0.2。Â=−1：ρ=2 → 2，梯度 2；ρ=4 → 封顶 3，梯度 0（不封顶时是 4）；ρ=0.5 → PPO 的 0.8，梯度 0。
+    Â=+1：ρ=2、4 → PPO 的 −1.2，不变；ρ=0.5 → −0.5，梯度 −0.5。
+    """
+    loss, grad = grad_of(dual_clip_loss, *case([[2.0, 4.0, 0.5]] * 2, [[-1.0], [1.0]]))
+    torch.testing.assert_close(loss, tensor([[2.0, 3.0, 0.8], [-1.2, -1.2, -0.5]]))
+    torch.testing.assert_close(grad, tensor([[2.0, 0.0, 0.0], [0.0, 0.0, -0.5]]))
 
 
 def test_cispo_caps_the_weight_but_keeps_the_gradient():
@@ -237,11 +239,26 @@ def test_trl_delta_equals_dual_clip():
     assert loss < run_trl(*args, loss_mask)[0]
 
 
+def test_trl_delta_below_the_clip_range_is_another_loss():
+    """δ=1.1 < 1+ε=1.28、ρ=1.15。TRL：Â=−1 时 min(−1.1, −1.15)，损失 1.15、梯度还在；Â=+1 时 min(1.1, 1.15)，
+    损失 −1.1、梯度 0。双侧裁剪 c=1.1 正好相反：负优势封顶 1.1、梯度 0，正优势不动。两个 token 取平均。
+    """
+    args, loss_mask = case([[1.15], [1.15]], [[-1.0], [1.0]]), tensor([[1.0], [1.0]])
+    theirs = run_trl(*args, loss_mask, delta=1.1)[:2]
+    torch.testing.assert_close(theirs, (tensor(0.025), tensor([[1.15 / 2], [0.0]])))
+    ours = masked_mean_and_grad(dual_clip_loss, args, loss_mask, clip_low=LOW, clip_high=HIGH, dual_clip=1.1)
+    torch.testing.assert_close(ours, (tensor(-0.025), tensor([[0.0], [-1.15 / 2]])))
+
+
 def test_trl_cispo_cap_is_the_weight_itself():
     """TRL 的 epsilon_high 是上限本身：5.0 对应 clip_high=4.0；不设时落到 epsilon=0.2，权重全被压到 0.2。"""
     args, loss_mask, _ = frozen_case()
     ours = masked_mean_and_grad(cispo_loss, args, loss_mask, clip_high=0.28)
     torch.testing.assert_close(run_trl(*args, loss_mask, loss_type="cispo", epsilon_high=1.28)[:2], ours)
+    metrics = run_trl(*args, loss_mask, loss_type="cispo", epsilon_high=1.28)[2]
+    above = ((args[0] - args[1]).exp() > 1.28) & (args[2] > 0)
+    expected = ((above * loss_mask).sum() / loss_mask.sum()).item()
+    assert 0 < expected == pytest.approx(metrics["cispo_clip_ratio"][0])
     shrunk = run_trl(*args, loss_mask, loss_type="cispo", epsilon_high=0.2)[1]
     torch.testing.assert_close(shrunk, -0.2 * args[2] * loss_mask / loss_mask.sum())
 
@@ -272,10 +289,15 @@ def test_matches_openrlhf():
 
 
 def test_cispo_matches_verl_with_both_sides_clipped():
-    args, _, _ = frozen_case()
+    """它的 pg_clipfrac 数的是权重被截的 token：区间外都算，不看优势。"""
+    args, loss_mask, _ = frozen_case()
     loss, grad = grad_of(cispo_loss, *args, clip_low=LOW, clip_high=HIGH)
     torch.testing.assert_close(loss, tensor(GOLDEN["verl"]["cispo"]["loss"]))
     torch.testing.assert_close(grad, tensor(GOLDEN["verl"]["cispo"]["grad"]))
+    ratio = (args[0] - args[1]).exp()
+    outside = (ratio < 1 - LOW) | (ratio > 1 + HIGH)
+    fraction = ((outside * loss_mask).sum() / loss_mask.sum()).item()
+    assert fraction == pytest.approx(GOLDEN["verl"]["cispo"]["metrics"]["actor/pg_clipfrac"], abs=1e-7)
 
 
 @pytest.mark.parametrize("library", ["verl", "openrlhf"])
@@ -344,6 +366,21 @@ def test_masked_tokens_do_not_count():
     assert clip_fraction(*args, tensor([[0.0, 1.0, 1.0, 1.0]])).item() == pytest.approx(1 / 3)
 
 
+def test_default_widths_of_the_clip_fraction_are_0_2():
+    """八个 token 里只有 (Â>0, ρ=1.21) 与 (Â<0, ρ=0.79) 被裁剪；ρ=0.81、1.19 在默认的区间内。"""
+    args = case([[0.79, 0.81, 1.19, 1.21]] * 2, [[1.0], [-1.0]])
+    expected = torch.tensor([[False, False, False, True], [True, False, False, False]])
+    assert torch.equal(clipped_tokens(*args), expected)
+    assert clip_fraction(*args, torch.ones_like(args[0])).item() == 0.25
+
+
+def test_the_log_ratio_is_not_clamped():
+    """log ρ=25、Â=−1：损失与梯度都是 e²⁵。verl 与 OpenRLHF 在 20 处截断，公式里没有这一步。"""
+    args = tensor([[-1.0]]), tensor([[-26.0]]), tensor([[-1.0]])
+    expected = tensor([[math.exp(25.0)]])
+    torch.testing.assert_close(grad_of(clipped_surrogate_loss, *args), (expected, expected))
+
+
 def test_per_sequence_advantages_equal_expanded_ones():
     log_probs, old_log_probs, advantages = grid()
     expanded = advantages.expand_as(log_probs).contiguous()
@@ -381,11 +418,13 @@ def test_at_the_boundary_torch_keeps_the_full_gradient(ratio, advantage):
 
 
 def test_at_the_dual_clip_boundary_torch_halves_the_gradient():
-    """ρ=c=2：封顶那一支是常数，`torch.minimum` 在平局时只给另一支一半，−ρÂ/2 = 1。"""
-    loss, grad = grad_of(
-        dual_clip_loss, tensor([[math.log(2.0)]]), tensor([[0.0]]), tensor([[-1.0]]), dual_clip=2.0
-    )
+    """ρ=c=2：封顶那一支是常数，`torch.minimum` 在平局时只给另一支一半，−ρÂ/2 = 1。TRL 的 delta 用 clamp 封顶，
+    clamp 在端点的导数是 1，同一点上是完整的 2。
+    """
+    args = tensor([[math.log(2.0)]]), tensor([[0.0]]), tensor([[-1.0]])
+    loss, grad = grad_of(dual_clip_loss, *args, dual_clip=2.0)
     assert (loss.item(), grad.item()) == (2.0, 1.0)
+    assert run_trl(*args, tensor([[1.0]]), delta=2.0)[1].item() == 2.0
 
 
 def test_zero_advantage_gives_zero_loss_and_gradient():

@@ -107,6 +107,13 @@ def test_smoothed_by_hand():
     assert dpo_loss_smoothed(*HAND, label_smoothing=0.1, beta=0.5).item() == pytest.approx(0.326928, abs=1e-6)
 
 
+def test_default_beta_is_the_paper_s():
+    """论文附录 B 的 β = 0.1：差为 0.4，损失 ln(1 + e^-0.4) = 0.513015，隐式奖励 ±0.2。"""
+    assert dpo_loss(*HAND).item() == pytest.approx(0.513015, abs=1e-6)
+    assert dpo_loss_smoothed(*HAND, label_smoothing=0.0).item() == pytest.approx(0.513015, abs=1e-6)
+    assert [x.item() for x in implicit_rewards(*HAND)] == pytest.approx([0.2, -0.2], rel=1e-12)
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 5.0])
 def test_initial_loss_is_ln2_and_initial_slope_is_half_beta(beta):
     chosen, rejected, ref_chosen, ref_rejected = pair(-7, -11, -7, -11)
@@ -483,7 +490,7 @@ def test_non_positive_kl_weight_is_refused(bad):
             call()
 
 
-@pytest.mark.parametrize("bad", [-0.1, 0.5, 1.0])
+@pytest.mark.parametrize("bad", [-0.1, 0.5, 1.0, math.nan])
 def test_label_smoothing_outside_its_range_is_refused(bad):
     with pytest.raises(ValueError, match=r"\[0, 0\.5\)"):
         dpo_loss_smoothed(*HAND, label_smoothing=bad)

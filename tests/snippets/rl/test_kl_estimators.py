@@ -323,7 +323,7 @@ def test_openrlhf_values_and_gradients_with_its_clamp(kind, ours):
 def test_openrlhf_unbiased_gradient_is_detached_ratio_times_k1():
     log_probs, old, ref = golden_inputs()
     ratio = (log_probs - old).exp().detach()
-    assert ratio.max() < 10  # 没有碰到它对重要性比的截断
+    assert ratio.max() < 10  # 没有碰到它对重要性比值的截断
     (grad,) = torch.autograd.grad((ratio * kl_k3_straight_through(log_probs, ref)).sum(), log_probs)
     golden = torch.tensor(GOLDEN["openrlhf_unbiased"]["grad"], dtype=torch.float64)
     torch.testing.assert_close(golden, grad, rtol=1.3e-6, atol=1e-5)  # 库里先转 float32
@@ -405,6 +405,29 @@ def test_float32_keeps_three_digits_down_to_tiny_ratios():
         assert abs(kl_k3(torch.zeros(1), ref).item() / truth - 1) < 1e-3
 
 
+def test_nothing_is_clamped():
+    """log r = 25（r 约 7e10）、ρ = e^4：库里的截断在这里都会生效，参考实现不截断。
+
+    k3 = e^25 - 26，导数 1 - e^25；ρ·k3 的导数是 ρ(-log r) = -25·e^4；k1 = -25，k2 = 312.5。
+    """
+    log_probs = torch.tensor([-30.0], dtype=torch.float64, requires_grad=True)
+    old, ref = torch.tensor([[-34.0], [-5.0]], dtype=torch.float64)
+    cases = [
+        (kl_k1(log_probs, ref), -25.0, 1.0),
+        (kl_k2(log_probs, ref), 312.5, -25.0),
+        (kl_k3(log_probs, ref), math.exp(25) - 26, 1 - math.exp(25)),
+        (kl_k3_straight_through(log_probs, ref), math.exp(25) - 26, -25.0),
+    ]
+    for value, expected, slope in cases:
+        torch.testing.assert_close(value.item(), expected)
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), log_probs)[0].item(), slope)
+    weighted = kl_k3_importance_weighted(log_probs, old, ref)
+    torch.testing.assert_close(weighted.item(), math.exp(4) * (math.exp(25) - 26))
+    # 两项 e^29 量级的数相消，双精度只剩约 1e-3
+    (grad,) = torch.autograd.grad(weighted.sum(), log_probs)
+    torch.testing.assert_close(grad.item(), -25 * math.exp(4), rtol=0, atol=0.1)
+
+
 def test_very_improbable_tokens_stay_finite():
     """两边概率都小于 float32 能表示的最小值，比值却是普通的数。"""
     value = kl_k3(torch.tensor([-110.0]), torch.tensor([-109.0]))
@@ -477,7 +500,7 @@ def test_rejects_k1_as_a_loss_regularises():
 
 
 def test_rejects_a_detached_ratio_in_front_of_k3():
-    """比值不进计算图，同策略时等于没乘：梯度又是正向 KL 的。"""
+    """比值不进计算图，同策略时等于没乘：梯度又是前向 KL 的。"""
     logits, ref_logits, _ = random_logits()
     reverse, forward = exact_gradients(logits, ref_logits)
     ref = ref_logits.log_softmax(-1)

@@ -3,6 +3,7 @@ transformers 5.23.0 的 `ForCausalLMLoss` / `fixed_cross_entropy` 与真实运�
 真实的两进程 gloo DistributedDataParallel。错误写法定义在本文件末尾，断言它们被同一个真值拒绝。
 """
 
+import contextlib
 import json
 import math
 import os
@@ -192,6 +193,7 @@ def test_accumulation_equals_one_big_batch():
     sequences = [[micro for rank in make_sequences() for micro in rank]]  # 一张卡，四个微批
     loss, grad = big_batch(model, flatten(sequences))
     ours = accumulate_gradients(model, [collate(micro) for micro in sequences[0]])
+    assert not ours.requires_grad  # 返回值不牵着计算图
     torch.testing.assert_close(ours, loss, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(flat_grad(model), grad, rtol=1e-13, atol=1e-15)
 
@@ -213,7 +215,7 @@ def test_averaged_ranks_with_dp_factor_equal_one_big_batch():
 
 # 子进程里跑真正的 DDP：各进程用自己的微批反向，前 M-1 次放在 no_sync 里，最后一次由 DDP 求平均
 _DDP_WORKER = """
-import json, os, sys
+import datetime, json, sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -224,7 +226,9 @@ from snippets.training.loss_averaging import (
 torch.set_num_threads(1)
 rank, store = int(sys.argv[1]), sys.argv[2]
 payload = torch.load(sys.argv[3])
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+# 同伴不在了就在 60 秒内报错退出，不会永远等下去
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2,
+                        timeout=datetime.timedelta(seconds=60))
 torch.manual_seed(1)
 net = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 11)).double()
 net.load_state_dict(payload["state"])
@@ -255,7 +259,10 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def ddp_result(tmp_path_factory):
-    """两个真实进程、gloo、本机回环，各跑三种写法；返回 DDP 平均后的梯度。"""
+    """两个真实进程、gloo、本机回环，各跑三种写法；返回 DDP 平均后的梯度。
+
+    用文件会合，不占固定端口；无论成功、失败还是超时，离开时两个子进程都已结束并回收。
+    """
     folder = tmp_path_factory.mktemp("ddp")
     sequences = make_sequences()
     payload = {
@@ -266,19 +273,21 @@ def ddp_result(tmp_path_factory):
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", _DDP_WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "store"), str(folder / "payload.pt")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=60) for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), outputs
-    result = json.loads(outputs[0][0])
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for rank in range(2):
+            worker = subprocess.Popen(
+                [*command, str(rank), str(folder / "store"), str(folder / "payload.pt")],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            workers.append(stack.enter_context(worker))  # 退出时关闭管道并等待
+            stack.callback(worker.kill)  # 后进先出：先杀再等；已结束的进程不受影响
+        outputs = [worker.communicate(timeout=120) for worker in workers]
+        assert all(worker.returncode == 0 for worker in workers), outputs
+    result = json.loads(outputs[0][0].splitlines()[-1])
     return {k: torch.tensor(v, dtype=torch.float64) if k != "num_items" else v for k, v in result.items()}
 
 
@@ -399,6 +408,31 @@ def test_real_trainer_falls_back_to_mean_of_means_without_loss_kwargs(tmp_path):
     assert (theirs - correct).norm() > 0.2 * correct.norm()
 
 
+def test_real_trainer_divides_by_nothing_when_kwargs_are_declared_but_dropped(tmp_path):
+    """forward 声明了 **kwargs 却不用 num_items_in_batch：模型取均值，Trainer 又不除 M，梯度变成 M 倍。
+
+    https://github.com/huggingface/transformers/issues/47688
+    """
+    from transformers import LlamaForCausalLM
+
+    class DropsLossKwargs(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    sequences = flatten(make_sequences(TRAINER_LENGTHS))
+    model = _tiny_llama()
+    model.__class__ = DropsLossKwargs
+    for s in sequences:
+        ids, labels = collate([s])
+        naive_mean_of_means_loss(_llama_logits(model)(ids), labels, grad_accum_steps=4).backward()
+    naive = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 第三方库自己的弃用警告，与本测试无关
+        theirs = _trainer_gradient(model, sequences, tmp_path, micro_batch_size=1)
+    torch.testing.assert_close(theirs, 4 * naive, rtol=1e-4, atol=2e-6)
+
+
 # ---------------------------------------------------------------- 性质
 
 
@@ -475,6 +509,17 @@ def test_sequence_mean_with_global_count_is_invariant_to_the_split():
     assert (mean_of_means - big).abs() > 0.01
 
 
+def test_one_sequence_per_micro_batch_turns_the_mean_of_means_into_the_sequence_mean():
+    model, sequences = make_model(), flatten(make_sequences())
+    for s in sequences:
+        ids, labels = collate([s])
+        naive_mean_of_means_loss(model(ids), labels, grad_accum_steps=len(sequences)).backward()
+    naive = flat_grad(model)
+    means = [-model(s[:-1]).log_softmax(-1).gather(1, s[1:, None]).mean() for s in sequences]
+    (sum(means) / len(means)).backward()
+    torch.testing.assert_close(naive, flat_grad(model))
+
+
 def test_sequence_mean_over_averaged_ranks_needs_the_dp_factor():
     model, sequences = make_model(), make_sequences()
     num_sequences = len(flatten(sequences))
@@ -489,7 +534,7 @@ def test_sequence_mean_over_averaged_ranks_needs_the_dp_factor():
     torch.testing.assert_close(averaged, grad)
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 7])  # 7 是词表里的 id，如同拿 pad 当忽略值
 def test_ignored_labels_get_no_gradient_whatever_the_index(ignore_index):
     logits = torch.randn(2, 4, V, requires_grad=True)
     labels = torch.tensor([[3, ignore_index, 5, 6], [2, 1, ignore_index, ignore_index]])
