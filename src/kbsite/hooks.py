@@ -38,6 +38,7 @@ class _Build:
         self.built = built
         self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
         self.math = MathJax(project.node_modules, project.cache / "math.json")
+        self.held = pages.Held()
         self.used_labels: set[str] = set()
         self.math_errors: list[str] = []
         file = project.root / "topics.yml"
@@ -129,7 +130,7 @@ def on_page_content(html, page, config, files):
             _build.math_errors.append(
                 f"{_locate(page, formula.tex)}: 公式排不出来：{error}。公式是 {formula.tex!r}。"
             )
-    return pages.exclude_code_from_search(html)
+    return _build.held.take(html)
 
 
 def on_env(env, config, files):
@@ -142,8 +143,8 @@ def on_env(env, config, files):
 
 @event_priority(-100)  # 最后：搜索索引已经取走了正文，换进来的 SVG 与排好的公式不会进索引
 def on_post_page(output, page, config):
-    """换上图与排好的公式。"""
-    return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
+    """换上图、排好的公式，放回代码。"""
+    return _build.held.restore(replace(replace_figures(output, _build.built.figures), _build.math.typeset))
 
 
 def on_post_build(config):

@@ -84,13 +84,27 @@ def footer(key: str, origins: list[str], has_notebook: bool) -> str:
     return "\n\n---\n\n" + "\n\n".join(f"{row}\n{{ .kb-footer }}" for row in rows) + "\n" if rows else ""
 
 
-def exclude_code_from_search(html: str) -> str:
-    """代码不进搜索索引：它比正文多，又很少是人要找的。"""
-    return re.sub(
-        r"<(details class=\"code\"|div class=\"(?:language-\w+ )?highlight\")",
-        r"<\1 data-search-exclude",
-        html,
-    )
+class Held:
+    """暂存的代码块：正文交给搜索索引时不带代码，成页时放回去。
+
+    代码比正文多，又很少是人要找的；搜索插件逐个标签地读，高亮过的代码还会占去它大半时间。
+    """
+
+    def __init__(self):
+        self._blocks: list[str] = []
+
+    def take(self, html: str) -> str:
+        """取走每个 `<pre>`，留下占位。"""
+        html = html.replace('<details class="code">', '<details class="code" data-search-exclude>')
+        return re.sub(r"<pre\b.*?</pre>", self._store, html, flags=re.S)
+
+    def restore(self, html: str) -> str:
+        """放回。"""
+        return re.sub(r"<kb-held n=\"(\d+)\"></kb-held>", lambda match: self._blocks[int(match[1])], html)
+
+    def _store(self, match: re.Match) -> str:
+        self._blocks.append(match[0])
+        return f'<kb-held n="{len(self._blocks) - 1}"></kb-held>'
 
 
 def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict]]:

@@ -124,7 +124,9 @@ def test_embedded_fonts_are_the_same_fonts(mathjax):
     files = mathjax.fonts(css)
     inlined = embed(css, files)
     assert 'url("' not in inlined
-    assert {base64.b64decode(data) for data in re.findall(r"base64,([^)]+)\)", inlined)} == set(files.values())
+    assert {base64.b64decode(data) for data in re.findall(r"base64,([^)]+)\)", inlined)} == set(
+        files.values()
+    )
 
 
 def test_damaged_cache_is_rebuilt(tmp_path):

@@ -52,7 +52,9 @@ def wait_for(url, text, seconds=60):
 
 def test_edits_to_page_and_snippet_show_up_typeset(project):
     project.write("snippets/value.py", "X = 'before'\n")
-    project.notebook("rl/demo", "# %%\n#| label: result\n#| echo: hide\nfrom snippets.value import X\nprint(X)\n")
+    project.notebook(
+        "rl/demo", "# %%\n#| label: result\n#| echo: hide\nfrom snippets.value import X\nprint(X)\n"
+    )
     page = project.write("docs/rl/demo.md", '# 演示\n\n公式 $a_1$。\n\n--8<-- "rl/demo/result.md"\n')
     project.nav("index.md", "rl/demo.md")
     with serving(project) as url:
