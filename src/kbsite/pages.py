@@ -10,6 +10,8 @@ from .math.scan import mark_dollars
 from .notebooks.source import SETUP, Notebook
 
 INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"", re.M)
+# 像嵌入又不是：多了空格、少了引号；它不会报错，只会原样印在页面上
+BROKEN_INCLUDE = re.compile(r"^[ \t]*-+ ?8 ?< ?-+.*$", re.M)
 ANSWER = re.compile(r"^([ \t]*)\{\{ answer \}\}[ \t]*$", re.M)
 HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1>", re.S)
 
@@ -28,6 +30,10 @@ def fill_answer(markdown: str, meta: dict, path: str) -> str:
 def check_includes(source: str, path: str, notebooks: dict[str, Notebook], root: Path) -> set[str]:
     """检查页面源文件嵌入的每一处；返回用到的 `key/label`。嵌入不存在的单元时，消息列出有哪些标签。"""
     used = set()
+    for match in BROKEN_INCLUDE.finditer(source):
+        if not INCLUDE.match(match[0]):
+            place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
+            raise KbsiteError(f'{place}: 嵌入写成了 {match[0].strip()!r}，不会生效。写成 --8<-- "路径"。')
     for match in INCLUDE.finditer(source):
         target = match[1]
         place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"

@@ -181,6 +181,7 @@ def test_search_index_has_prose_but_no_code_figures_or_notebooks(project):
             '--8<-- "rl/demo/tabel.md"',
             "docs/rl/demo.md:9: notebooks/rl/demo.py 里没有标签 'tabel'（有：figure、table）",
         ),
+        ('--8 < --"rl/demo/table.md"', "docs/rl/demo.md:9: 嵌入写成了"),
         ('--8<-- "rl/other/table.md"', "没有专题键为 'rl/other' 的笔记"),
         ('--8<-- "snippets/rl/nothing.py"', "嵌入的文件 snippets/rl/nothing.py 不存在"),
         (r"公式 $\nosuch{x}$", r"docs/rl/demo.md:9: 公式排不出来：Undefined control sequence \nosuch"),
