@@ -32,7 +32,7 @@ serve: $(VENV)/site.stamp node_modules/.package-lock.json ## 安装、执行笔�
 	@$(BIN)/python -m mkdocs serve --dev-addr $(or $(ADDR),127.0.0.1:8000)
 
 build: $(VENV)/site.stamp node_modules/.package-lock.json ## 建站到 site/；OFFLINE=1 建离线版到 site-offline/
-	@$(BIN)/python -m mkdocs build --site-dir $(SITE)
+	@$(BIN)/python -m mkdocs build --strict --site-dir $(SITE)
 
 test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器
 	@$(BIN)/python -m kbsite browser

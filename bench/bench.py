@@ -64,7 +64,7 @@ def project(folder, *, copies=1, stock=False, bare=False):
     (folder / "src").mkdir()
     for name in ("src/kbsite", "node_modules", "overrides", "bench"):
         (folder / name).symlink_to(ROOT / name)
-    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace("strict: true", "strict: false")
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     config = config.replace("hooks:\n", "hooks:\n  - bench/timing.py\n") if not (stock or bare) else config
     extra = []
     for number in range(2, copies + 1):
