@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import NotebookSourceError
 from .notebooks.fragments import write_fragments
 from .notebooks.ipynb import write_ipynb
 from .notebooks.run import Executed, execute_all
@@ -51,6 +52,9 @@ def build_notebooks(project: Project, *, only: str | None = None) -> Built:
     notebooks = read_all(project.notebooks)
     if only:
         chosen = [notebook for notebook in notebooks if notebook.key == only]
+        if not chosen:
+            keys = "、".join(notebook.key for notebook in notebooks)
+            raise NotebookSourceError(f"没有专题键为 {only!r} 的笔记（有：{keys or '无'}）。")
         execute_all(chosen, project.root, project.cache / "notebooks")
         return Built([], {}, {})
     executed = execute_all(notebooks, project.root, project.cache / "notebooks")

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-QUERIES = [
-    row
-    for row in csv.reader((Path(__file__).parent / "queries.tsv").open(encoding="utf-8"), delimiter="\t")
-    if row and not row[0].startswith("#")
-]
+ROWS = (Path(__file__).parent / "queries.tsv").read_text(encoding="utf-8").splitlines()
+QUERIES = [row for row in csv.reader(ROWS, delimiter="\t") if row and not row[0].startswith("#")]
 
 
 def results(page, query):
