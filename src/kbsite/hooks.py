@@ -108,7 +108,10 @@ def on_page_markdown(markdown, page, config, files):
     except KbsiteError as error:
         raise PluginError(str(error)) from None
     key = page.file.src_uri.removesuffix(".md")
-    return markdown + pages.footer(key, topics.headings_of(_build.headings, key), key in _build.notebooks)
+    origins = topics.headings_of(_build.headings, key)
+    snippet = _build.project.root / "snippets" / f"{key.replace('-', '_')}.py"
+    has_api = (_build.project.root / "docs/api" / f"{key.partition('/')[0]}.md").is_file()
+    return markdown + pages.footer(key, origins, key in _build.notebooks, has_api and snippet.is_file())
 
 
 def on_page_content(html, page, config, files):

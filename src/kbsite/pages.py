@@ -77,9 +77,13 @@ def unused_labels(notebooks: Iterable[Notebook], used: set[str]) -> list[str]:
     ]
 
 
-def footer(key: str, origins: list[str], has_notebook: bool) -> str:
-    """页尾：完整笔记的链接与笔记里的原标题（含错字，搜索因此也认得它们）。"""
+def footer(key: str, origins: list[str], has_notebook: bool, has_snippet: bool) -> str:
+    """页尾：完整笔记、参考实现文档的链接，与笔记里的原标题（含错字，搜索因此也认得它们）。"""
     rows = []
+    section, _, slug = key.partition("/")
+    if has_snippet:
+        module = f"snippets.{section}.{slug.replace('-', '_')}"
+        rows.append(f"[:material-code-braces: 参考实现的签名与完整文档](../api/{section}.md#{module})")
     if has_notebook:
         name = key.rpartition("/")[2]
         rows.append(

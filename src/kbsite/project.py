@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import NotebookSourceError
+from .listing import write_listings
 from .notebooks.fragments import write_fragments
 from .notebooks.ipynb import write_ipynb
 from .notebooks.run import Executed, execute_all
@@ -59,4 +60,5 @@ def build_notebooks(project: Project, *, only: str | None = None) -> Built:
         return Built([], {}, {})
     executed = execute_all(notebooks, project.root, project.cache / "notebooks")
     figures = write_fragments(executed, project.fragments)
+    write_listings(project.root / "snippets", project.fragments / "snippets")
     return Built(executed, figures, write_ipynb(executed, project.ipynb / "notebooks"))

@@ -1,0 +1,46 @@
+"""嵌入页面的参考实现：文档串只留第一句。
+
+页面已经讲过公式与陷阱，完整的文档串在 API 页；手机上长文档串要横向滚动。代码本身一字不改。
+写到片段文件夹的 `snippets/` 下，`--8<-- "snippets/…"` 先在那里找到它。
+"""
+
+import ast
+from pathlib import Path
+
+from .notebooks.cache import write_atomically
+
+
+def write_listings(snippets: Path, folder: Path) -> None:
+    """为每个参考实现写一份嵌入用的副本，删去多余的。"""
+    wanted = {folder / path.relative_to(snippets): path for path in snippets.rglob("*.py")}
+    for path in folder.rglob("*.py") if folder.exists() else ():
+        if path not in wanted:
+            path.unlink()
+    for target, source in wanted.items():
+        text = shorten_docstrings(source.read_text(encoding="utf-8"))
+        if not target.is_file() or target.read_text(encoding="utf-8") != text:
+            write_atomically(target, text)
+
+
+def shorten_docstrings(source: str) -> str:
+    """函数与类的多行文档串换成它的第一行；别的行原样保留。"""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # 语法错误由导入它的笔记或测试报出
+        return source
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or ast.get_docstring(node) is None:
+            continue
+        statement = node.body[0]
+        first, last = statement.lineno - 1, statement.end_lineno - 1
+        if last == first:
+            continue
+        opening = lines[first].rstrip("\n")
+        quotes = '"""' if '"""' in opening else "'''"
+        lines[first] = f"{opening.rstrip()}{quotes}\n"
+        # 换掉的行留空串，别的结点的行号不变
+        lines[first + 1 : last + 1] = [""] * (last - first)
+        if len(node.body) > 1 and last + 1 < len(lines) and not lines[last + 1].strip():
+            lines[last + 1] = ""
+    return "".join(lines)
