@@ -26,7 +26,7 @@ MATH_FOLDER = "assets/math"
 OFFLINE_WORKER = "assets/javascripts/iframe-worker.js"
 
 # 库的逐页日志会淹没我们自己的输出
-for _name in ("mkdocs.plugins.mkdocs_jupyter", "jieba"):
+for _name in ("mkdocs.plugins.mkdocs_jupyter", "mkdocs.mkdocs-jupyter", "jieba"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 

@@ -78,20 +78,22 @@ def unused_labels(notebooks: Iterable[Notebook], used: set[str]) -> list[str]:
 
 
 def footer(key: str, origins: list[str], has_notebook: bool, has_snippet: bool) -> str:
-    """页尾：完整笔记、参考实现文档的链接，与笔记里的原标题（含错字，搜索因此也认得它们）。"""
-    rows = []
+    """页尾：完整笔记、参考实现文档的链接，与笔记里的原标题。
+
+    原标题照抄（含错字）并且写成标题：搜索给标题的权重大，照着笔记搜也能找到这一页。
+    """
     section, _, slug = key.partition("/")
+    rows = []
     if has_snippet:
         module = f"snippets.{section}.{slug.replace('-', '_')}"
         rows.append(f"[:material-code-braces: 参考实现的签名与完整文档](../api/{section}.md#{module})")
     if has_notebook:
-        name = key.rpartition("/")[2]
-        rows.append(
-            f"[:material-notebook-outline: 本页实验的完整笔记](../notebooks/{key.partition('/')[0]}/{name}.ipynb)"
-        )
+        rows.append(f"[:material-notebook-outline: 本页实验的完整笔记](../notebooks/{section}/{slug}.ipynb)")
+    parts = [f"{row}\n{{ .kb-footer }}" for row in rows]
     if origins:
-        rows.append("对应的笔记标题：" + "；".join(f"「{title}」" for title in origins))
-    return "\n\n---\n\n" + "\n\n".join(f"{row}\n{{ .kb-footer }}" for row in rows) + "\n" if rows else ""
+        titles = "；".join(f"「{title}」" for title in origins)
+        parts.append(f'## 对应的笔记标题：{titles} {{ #notes-heading .kb-footer data-toc-label="笔记标题" }}')
+    return "\n\n---\n\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
 class Held:

@@ -27,7 +27,12 @@ def test_workflows_match_the_schema():
 
 
 def test_zizmor_finds_nothing():
-    command = [Path(sys.executable).with_name("zizmor"), "--offline", "--persona=pedantic", ".github/workflows"]
+    command = [
+        Path(sys.executable).with_name("zizmor"),
+        "--offline",
+        "--persona=pedantic",
+        ".github/workflows",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
