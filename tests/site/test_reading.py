@@ -39,18 +39,20 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_every_page_loads_alone_quietly_and_within_the_screen(visit, site, width):
+def test_every_page_loads_alone_quietly_and_within_the_screen(visit, base_url, site, width):
     problems = {}
+    visitor = visit("", width=width)
     for url in html_pages(site):
-        visitor = visit(url, width=width)
-        visitor.page.wait_for_load_state("networkidle")
+        visitor.page.goto(base_url + url, wait_until="load")
+        visitor.page.wait_for_timeout(150)
         overflow = visitor.page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         found = [*visitor.foreign, *visitor.errors, *([f"横向溢出 {overflow}px"] if overflow > 0 else [])]
         if found:
             problems[url] = found
-        visitor.page.context.close()
+        visitor.foreign.clear()
+        visitor.errors.clear()
     assert problems == {}
 
 

@@ -52,8 +52,8 @@ def test_index_is_downloaded_only_when_someone_searches(browser, base_url):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(f"{base_url}rl/dpo/", wait_until="networkidle")
     assert not [url for url in requests if "search_index" in url]
-    page.locator("[data-md-component=search-query]").click()
-    page.wait_for_event("requestfinished", lambda request: "search_index" in request.url)
+    with page.expect_event("requestfinished", lambda request: "search_index" in request.url):
+        page.locator("[data-md-component=search-query]").click()
     page.close()
 
 
