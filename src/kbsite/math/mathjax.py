@@ -48,7 +48,7 @@ class MathJax:
         self.cache_file = cache_file
         self.typeset_count = 0
         self._version = self._fingerprint()
-        self._entries, self._rules = self._load()
+        self._entries = self._load()
         self._used: dict[str, None] = {}
         self._process: subprocess.Popen | None = None
         self._answers: queue.Queue[str] = queue.Queue()
@@ -110,17 +110,15 @@ class MathJax:
                     pipe.close()
             self._process = None
 
-    def _load(self) -> tuple[dict, list]:
+    def _load(self) -> dict[str, tuple[str, list[str]]]:
         try:
             data = json.loads(self.cache_file.read_text(encoding="utf-8"))
             if data["version"] != self._version:
-                return {}, []
+                return {}
             rules = data["rules"]
-            return {
-                key: (html, [rules[i] for i in css]) for key, (html, css) in data["formulas"].items()
-            }, rules
+            return {key: (html, [rules[i] for i in css]) for key, (html, css) in data["formulas"].items()}
         except (OSError, ValueError, KeyError, TypeError, IndexError):
-            return {}, []
+            return {}
 
     def _fingerprint(self) -> str:
         package = self.modules / "@mathjax" / "src" / "package.json"

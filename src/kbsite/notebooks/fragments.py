@@ -5,7 +5,6 @@
 """
 
 import re
-import shutil
 from html import escape
 from pathlib import Path
 
@@ -98,8 +97,3 @@ def _select(output: dict, place: str) -> tuple[str, str]:
     if re.match(r"\[?<", text):
         raise FragmentError(f"{place}: 单元最后一个表达式输出了 {text[:60]!r}。在那一行末尾加分号，或以 assert 结尾。")  # fmt: skip
     return "text", text
-
-
-def clear(folder: Path) -> None:
-    """删掉全部片段（下次构建会重写）。"""
-    shutil.rmtree(folder, ignore_errors=True)
