@@ -83,12 +83,17 @@ class Visitor:
                 handle.continue_()
             else:
                 self.foreign.append(url)
-                handle.abort()
+                handle.abort("blockedbyclient")
 
         page.route("**/*", route)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        page.on("requestfailed", lambda request: self.errors.append(f"失败的请求 {request.url}"))
+        page.on("requestfailed", self.failed)
+
+    def failed(self, request):
+        # 离开页面会中断还没收完的请求（图标、搜索线程），那不是站点的错
+        if request.failure != "net::ERR_ABORTED":
+            self.errors.append(f"失败的请求 {request.url} {request.failure}")
 
 
 @pytest.fixture
