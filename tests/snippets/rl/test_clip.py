@@ -8,13 +8,12 @@ r"""snippets/rl/clip.py 的测试。
 
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import (
     cispo_loss,
@@ -149,46 +148,8 @@ def test_equals_the_two_case_form():
     torch.testing.assert_close(grad_of(clipped_surrogate_loss, *args), grad_of(two_cases, *args))
 
 
-def trl_trainer(log_probs, *, loss_type="bnpo", epsilon_low=LOW, epsilon_high=HIGH, delta=None):
-    """`GRPOTrainer._compute_loss` 要读的那些属性；前向换成直接返回 log_probs，其余是 TRL 自己的代码。"""
-    return SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (log_probs, torch.zeros_like(log_probs), None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
-        loss_type=loss_type,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        args=SimpleNamespace(delta=delta, steps_per_generation=1),
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-    )
-
-
-def run_trl(log_probs, old_log_probs, advantages, loss_mask, **options):
-    """真实调用 TRL，返回 (标量损失, 对 log_probs 的梯度, 指标)。"""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    leaf = log_probs.clone().requires_grad_()
-    trainer = trl_trainer(leaf, **options)
-    mask = loss_mask.long()
-    inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask,
-        "advantages": advantages,
-        "old_per_token_logps": old_log_probs,
-        "num_items_in_batch": mask.sum(),
-    }
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0], trainer._metrics["train"]
+def run_trl(*args, loss_type="bnpo", epsilon_high=HIGH, **options):
+    return trl_grpo_loss(*args, loss_type=loss_type, epsilon_low=LOW, epsilon_high=epsilon_high, **options)
 
 
 def masked_mean_and_grad(loss_fn, args, loss_mask, **kwargs):

@@ -10,13 +10,12 @@ import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+from trl_grpo import trl_grpo_loss
 
 from snippets.rl.dapo import (
     dapo_advantages,
@@ -177,41 +176,8 @@ def test_verl_drops_the_same_groups_except_for_rounding():
     assert "equal-tenths" not in GOLDEN["verl_dropped_groups"]
 
 
-def run_trl(log_probs, old_log_probs, advantages, loss_mask, *, num_items, accumulation=1):
-    """真实调用 TRL 的损失；前向换成直接返回 log_probs。返回标量损失与梯度。"""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    leaf = log_probs.clone().requires_grad_()
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros_like(leaf), None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
-        loss_type="dapo",
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        args=SimpleNamespace(delta=None, steps_per_generation=accumulation),
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=accumulation,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-    )
-    mask = loss_mask.long()
-    inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask,
-        "advantages": advantages,
-        "old_per_token_logps": old_log_probs,
-        "num_items_in_batch": torch.tensor(num_items),
-    }
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+def run_trl(*args, **options):
+    return trl_grpo_loss(*args, loss_type="dapo", epsilon_high=0.28, **options)[:2]
 
 
 def test_loss_and_gradient_match_trl():

@@ -11,13 +11,13 @@ r"""snippets/rl/dr_grpo.py 的测试。
 import itertools
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import clipped_surrogate_loss
 from snippets.rl.dr_grpo import dr_grpo_loss, question_weight
@@ -282,44 +282,8 @@ def test_question_weight_tends_to_the_reciprocal_population_std():
 # ---- 与独立实现一致 ----
 
 
-def trl_trainer(log_probs, *, max_completion_length, accumulation=1):
-    """`GRPOTrainer._compute_loss` 要读的那些属性；前向换成直接返回 log_probs，其余是 TRL 自己的代码。"""
-    return SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (log_probs, torch.zeros_like(log_probs), None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
-        loss_type="dr_grpo",
-        max_completion_length=max_completion_length,
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        args=SimpleNamespace(delta=None, steps_per_generation=accumulation),
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=accumulation,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-    )
-
-
-def run_trl(log_probs, old_log_probs, advantages, mask, **options):
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    leaf = log_probs.clone().requires_grad_()
-    inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask, dtype=torch.long),
-        "completion_mask": mask.long(),
-        "advantages": advantages,
-        "old_per_token_logps": old_log_probs,
-        "num_items_in_batch": mask.sum(),
-    }
-    loss = GRPOTrainer._compute_loss(trl_trainer(leaf, **options), None, inputs)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+def run_trl(*args, **options):
+    return trl_grpo_loss(*args, loss_type="dr_grpo", epsilon_high=0.28, **options)[:2]
 
 
 def frozen_case():

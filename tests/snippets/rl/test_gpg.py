@@ -7,12 +7,11 @@ r"""snippets/rl/gpg.py 的测试。
 
 import itertools
 import json
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import clipped_surrogate_loss
 from snippets.rl.dapo import keep_groups
@@ -120,42 +119,6 @@ def test_first_step_gradient_equals_grpo_at_ratio_one():
         assert (gpg(log_probs) - grpo(log_probs)).abs() > 0.01
 
 
-def run_trl(log_probs, advantages, loss_mask, *, loss_type):
-    """真实调用 TRL 1.16 的 GRPO 损失，旧概率就是当前概率；返回对 log_probs 的梯度。"""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    leaf = log_probs.clone().requires_grad_()
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros_like(leaf), None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
-        loss_type=loss_type,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        args=SimpleNamespace(delta=None, steps_per_generation=1),
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-    )
-    mask = loss_mask.long()
-    batch = {
-        "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask,
-        "advantages": advantages,
-        "old_per_token_logps": log_probs,
-        "num_items_in_batch": mask.sum(),
-    }
-    return torch.autograd.grad(GRPOTrainer._compute_loss(trainer, None, batch), leaf)[0]
-
-
 @pytest.mark.parametrize(
     "loss_type, mode", [("grpo", "seq-mean-token-mean"), ("bnpo", "token-mean"), ("dapo", "token-mean")]
 )
@@ -165,7 +128,9 @@ def test_first_step_gradient_equals_trl_grpo(loss_type, mode):
     ours = grad_of(
         lambda x: aggregate_loss(policy_gradient_loss(x, advantages), loss_mask, mode=mode), log_probs
     )
-    torch.testing.assert_close(ours, run_trl(log_probs, advantages, loss_mask, loss_type=loss_type))
+    torch.testing.assert_close(
+        ours, trl_grpo_loss(log_probs, log_probs, advantages, loss_mask, loss_type=loss_type)[1]
+    )
 
 
 def test_gradient_matches_finite_differences():

@@ -14,13 +14,13 @@ import json
 import math
 import statistics
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import clipped_surrogate_loss
 from snippets.rl.grpo import group_advantages, grpo_loss
@@ -163,46 +163,19 @@ def test_loss_and_gradient_match_the_loop():
 # ---- TRL 1.16 ----
 
 
-def trl_trainer(log_probs, *, loss_type, beta, bias_correction):
-    """`GRPOTrainer._compute_loss` 要读的那些属性；前向换成直接返回 log_probs，其余是 TRL 自己的代码。"""
-    return SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (log_probs, torch.zeros_like(log_probs), None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+def run_trl(log_probs, old, ref, advantages, mask, *, beta=BETA, **options):
+    return trl_grpo_loss(
+        log_probs,
+        old,
+        advantages,
+        mask,
+        ref_log_probs=ref,
         beta=beta,
-        loss_type=loss_type,
         epsilon_low=LOW,
         epsilon_high=HIGH,
         max_completion_length=9,
-        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=bias_correction),
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-        _metrics={"train": defaultdict(list)},
-    )
-
-
-def run_trl(log_probs, old, ref, advantages, mask, *, loss_type="grpo", beta=BETA, bias_correction=False):
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    leaf = log_probs.clone().requires_grad_()
-    inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
-        "completion_ids": torch.zeros_like(mask, dtype=torch.long),
-        "completion_mask": mask.long(),
-        "advantages": advantages,
-        "old_per_token_logps": old,
-        "ref_per_token_logps": ref,
-        "num_items_in_batch": mask.sum(),
-    }
-    trainer = trl_trainer(leaf, loss_type=loss_type, beta=beta, bias_correction=bias_correction)
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+        **options,
+    )[:2]
 
 
 @pytest.mark.parametrize("beta", [0.0, BETA, 0.5])
@@ -222,7 +195,7 @@ def test_trl_default_kl_carries_the_ratio():
         tokens = tokens + BETA * kl_k3_importance_weighted(x, old, ref)
         return aggregate_loss(tokens, mask, mode="seq-mean-token-mean")
 
-    default = run_trl(*args, bias_correction=True)
+    default = run_trl(*args, bias_correction_kl=True)
     torch.testing.assert_close(value_and_grad(with_ratio, log_probs), default)
     assert (value_and_grad(grpo_loss, *args, **SETTINGS)[1] - default[1]).abs().max() > 1e-3
 
