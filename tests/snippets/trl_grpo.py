@@ -17,12 +17,13 @@ def trl_grpo_loss(
     accumulation=1,
     delta=None,
     bias_correction_kl=False,
+    importance_sampling_ratio=None,
     **settings,
 ):
     """返回（标量损失, 对 log_probs 的梯度, 记录的指标）。
 
     settings 覆盖训练器的属性，如 loss_type、beta、epsilon_low、max_completion_length、importance_sampling_level。
-    没有写的属性一律不存在：TRL 若读了别的，测试报错而不是悄悄用了某个值。
+    给了 importance_sampling_ratio，就打开 vLLM 的训推不一致修正。没有写的属性一律不存在：TRL 若读了别的，测试报错而不是悄悄用了某个值。
     """
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -37,7 +38,8 @@ def trl_grpo_loss(
         "beta": 0.0,
         "epsilon_low": 0.2,
         "epsilon_high": 0.2,
-        "use_vllm": False,
+        "use_vllm": importance_sampling_ratio is not None,
+        "vllm_importance_sampling_correction": True,
         "aux_loss_enabled": False,
         "_entropy_bonus_enabled": False,
         "current_gradient_accumulation_steps": accumulation,
@@ -58,6 +60,7 @@ def trl_grpo_loss(
         "old_per_token_logps": old_log_probs,
         "ref_per_token_logps": ref_log_probs,
         "num_items_in_batch": mask.sum() if num_items is None else torch.tensor(num_items),
+        "importance_sampling_ratio": importance_sampling_ratio,
     }
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0], trainer._metrics["train"]
