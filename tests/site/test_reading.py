@@ -3,7 +3,6 @@
 import re
 
 import pytest
-
 from sitetools import ROOT, html_pages
 
 SHIFT = """() => new Promise(done => {
