@@ -18,7 +18,7 @@ from .source import Notebook
 
 FORMAT = 1
 # 会改变数值、图或输出格式的库
-LIBRARIES = ("torch", "numpy", "matplotlib", "matplotlib-inline", "mplfonts", "ipykernel", "ipython", "tabulate", "jaxtyping")  # fmt: skip
+LIBRARIES = ("torch", "numpy", "matplotlib", "matplotlib-inline", "mplfonts", "ipykernel", "ipython", "tabulate", "jaxtyping", "tokenizers", "jinja2", "mcp", "mcp-types")  # fmt: skip
 KERNEL = Path(__file__).parent / "kernel"
 
 
