@@ -9,15 +9,14 @@ verl 与 OpenRLHF 不能与本项目的 transformers 装在一起，所以只要
 OpenRLHF 的两个模型真的各跑一次前向：主干换成一个查表的小模块。TRL 的 compute_loss 真的调用一次，训练器换成空壳。
 """
 
-import ast
 import json
 from collections import defaultdict
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional, Union
 
 import torch
+from library import functions_of, installed, value_and_grad
 from torch import nn
 from trl import RewardTrainer
 
@@ -44,39 +43,17 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def functions_of(package: str, path: str, names: set[str], namespace: dict) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的函数（类里的方法也算），去掉装饰器。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    found = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) in names]
-    for node in found:
-        node.decorator_list = []
-    exec(compile(ast.Module(found, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
-
-
 def run_verl(data: dict[str, torch.Tensor]) -> dict:
     functional = functions_of(
-        "verl",
-        "verl/utils/torch_functional.py",
-        {"masked_sum", "masked_mean", "clip_by_value"},
-        {"torch": torch},
+        installed("verl", "verl/utils/torch_functional.py"), {"masked_sum", "masked_mean", "clip_by_value"}
     )
     algos = functions_of(
-        "verl",
-        "verl/trainer/ppo/core_algos.py",
+        installed("verl", "verl/trainer/ppo/core_algos.py"),
         {"agg_loss", "compute_value_loss"},
-        {"torch": torch, "verl_F": SimpleNamespace(**functional), "Optional": Optional},
+        verl_F=SimpleNamespace(**functional),
     )
     manager = functions_of(
-        "verl",
-        "verl/experimental/reward_loop/reward_manager/base.py",
-        {"assemble_rm_scores"},
-        {"torch": torch, "DataProto": object},
+        installed("verl", "verl/experimental/reward_loop/reward_manager/base.py"), {"assemble_rm_scores"}
     )
     prompts = torch.zeros(ROWS, PROMPT)
     batch = {
@@ -85,12 +62,14 @@ def run_verl(data: dict[str, torch.Tensor]) -> dict:
         "attention_mask": torch.cat([prompts + 1, data["mask"]], 1).long(),
     }
     placed = manager["assemble_rm_scores"](None, SimpleNamespace(batch=batch), data["rewards"].tolist())
-    values = data["outputs"][:, PROMPT - 1 : -1].clone().requires_grad_()
-    loss, _ = algos["compute_value_loss"](
-        values, data["targets"], values.detach(), data["mask"], cliprange_value=100.0
+    values = data["outputs"][:, PROMPT - 1 : -1]
+    loss = value_and_grad(
+        lambda x: algos["compute_value_loss"](
+            x, data["targets"], values, data["mask"], cliprange_value=100.0
+        )[0],
+        values,
     )
-    (grad,) = torch.autograd.grad(loss, values)
-    return {"token_rewards": placed.tolist(), "value_loss": loss.item(), "value_grad": grad.tolist()}
+    return {"token_rewards": placed.tolist(), "value_loss": loss["value"], "value_grad": loss["grad"]}
 
 
 class TableBackbone(nn.Module):
@@ -115,20 +94,12 @@ class FakePretrained(nn.Module):
 
 
 def run_openrlhf(data: dict[str, torch.Tensor]) -> dict:
-    space = functions_of(
-        "openrlhf",
-        "openrlhf/models/utils.py",
-        {"compute_reward"},
-        {"torch": torch, "Union": Union, "Tuple": tuple, "Optional": Optional},
-    )
+    space = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"compute_reward"})
     placed = space["compute_reward"](
         data["rewards"], 0.0, torch.zeros_like(data["mask"]), action_mask=data["mask"]
     )
     models = functions_of(
-        "openrlhf",
-        "openrlhf/models/model.py",
-        {"_get_critic_model", "_get_reward_model"},
-        {"torch": torch, "nn": nn, "AutoConfig": object, "Optional": Optional},
+        installed("openrlhf", "openrlhf/models/model.py"), {"_get_critic_model", "_get_reward_model"}, nn=nn
     )
     rows, length = data["outputs"].shape
     config = SimpleNamespace(
@@ -144,10 +115,7 @@ def run_openrlhf(data: dict[str, torch.Tensor]) -> dict:
     values = built["critic"](input_ids, action_mask=data["mask"], attention_mask=attention)
     scores = built["reward"](input_ids, attention_mask=attention)
     pairwise = functions_of(
-        "openrlhf",
-        "openrlhf/models/loss.py",
-        {"PairWiseLoss"},
-        {"torch": torch, "nn": nn, "F": nn.functional},
+        installed("openrlhf", "openrlhf/models/loss.py"), {"PairWiseLoss"}, nn=nn, F=nn.functional
     )
     chosen, rejected = (data[name].clone().requires_grad_() for name in ("chosen", "rejected"))
     loss = pairwise["PairWiseLoss"]()(chosen, rejected)

@@ -11,15 +11,14 @@
 """
 
 import argparse
-import ast
 import json
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
 
 import numpy as np
 import torch
+from library import functions_of, value_and_grad
 
 GROUP_SIZE = 3
 MAX_RESPONSE_LENGTH = 11
@@ -33,21 +32,6 @@ class ActorConfig(dict):
     clip_ratio_low = CLIP_LOW
     clip_ratio_high = CLIP_HIGH
     global_batch_info: dict = {"loss_scale_factor": MAX_RESPONSE_LENGTH}
-
-
-def functions_of(path: Path, names: set[str], **extra) -> dict:
-    """只执行源文件 path 里 names 这几个函数或方法（去掉注册用的装饰器）。"""
-    body = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list = []
-            body.append(node)
-    namespace = {"torch": torch, "np": np, "defaultdict": defaultdict, "Any": Any, "Optional": Optional}
-    namespace |= {"ActorConfig": ActorConfig, "AlgoConfig": type("AlgoConfig", (), {})} | extra
-    exec(compile(ast.Module(body, type_ignores=[]), str(path), "exec"), namespace)
-    if missing := names - namespace.keys():
-        raise SystemExit(f"{path} 里没有 {sorted(missing)}，换成文档里写的版本再跑。")
-    return namespace
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -64,18 +48,9 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def value_and_grad(function, variable: torch.Tensor) -> dict:
-    leaf = variable.clone().requires_grad_()
-    value = function(leaf)
-    (grad,) = torch.autograd.grad(value, leaf)
-    return {"value": value.item(), "grad": grad.tolist()}
-
-
 def run_authors(understand: Path, oat: Path, data: dict[str, torch.Tensor]) -> dict:
     ops = functions_of(oat / "oat/utils/ops.py", {"masked_sum", "masked_mean"})
-    learner = functions_of(
-        understand / "train_zero_math.py", {"compute_monte_carlo_advantages"}, List=list, Tuple=tuple
-    )
+    learner = functions_of(understand / "train_zero_math.py", {"compute_monte_carlo_advantages"})
     result = {}
     for critic_type in ("drgrpo", "grpo"):
         owner = SimpleNamespace(args=SimpleNamespace(num_samples=GROUP_SIZE, critic_type=critic_type))
@@ -103,7 +78,10 @@ def run_verl(root: Path, data: dict[str, torch.Tensor]) -> dict:
     algos = functions_of(
         root / "verl/trainer/ppo/core_algos.py",
         {"agg_loss", "compute_policy_loss_vanilla", "compute_grpo_outcome_advantage"},
+        np=np,
+        defaultdict=defaultdict,
         verl_F=SimpleNamespace(**functional),
+        AlgoConfig=type("AlgoConfig", (), {}),
     )
     token_rewards = torch.zeros_like(data["loss_mask"])
     token_rewards[:, 0] = data["rewards"]

@@ -10,16 +10,15 @@ verl 与作者的训练代码都不能与本项目的 transformers 装在一起�
 """
 
 import argparse
-import ast
 import json
-import typing
 from collections import defaultdict
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from library import functions_of, installed, value_and_grad
 
 GROUP_SIZE = 4
 REWARD_CASES = {
@@ -35,27 +34,6 @@ MODES = ["token-mean", "seq-mean-token-mean"]
 INVERSE_ALPHA = 0.5
 
 
-def functions_of(source: Path, names: set[str], extra: dict) -> dict:
-    """从源文件里只执行 names 里的函数与方法（去掉装饰器）。"""
-    body = []
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list = []
-            body.append(node)
-    namespace = {
-        "torch": torch,
-        "np": np,
-        "defaultdict": defaultdict,
-        **{name: getattr(typing, name) for name in ("Any", "Optional")},
-        **extra,
-    }
-    exec(compile(ast.Module(body, type_ignores=[]), str(source), "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(f"{source.name} 里没有 {sorted(missing)}，换成锁定的版本再跑。")
-    return namespace
-
-
 def inputs() -> dict[str, torch.Tensor]:
     """两组、每组四条、每条最多五个 token；第二组是无效组，优势已按 F_norm=1、不乘 α 给定。"""
     generator = torch.Generator().manual_seed(20261124)
@@ -66,24 +44,14 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"log_probs": log_probs, "advantages": advantages, "loss_mask": loss_mask}
 
 
-def value_and_grad(function, variable: torch.Tensor) -> dict:
-    leaf = variable.clone().requires_grad_()
-    value = function(leaf)
-    (grad,) = torch.autograd.grad(value, leaf)
-    return {"value": value.item(), "grad": grad.tolist()}
-
-
 def run_verl(data: dict[str, torch.Tensor]) -> dict:
-    root = Path(distribution("verl").locate_file("verl"))
-    helpers = functions_of(root / "utils/torch_functional.py", {"masked_sum"}, {})
+    helpers = functions_of(installed("verl", "verl/utils/torch_functional.py"), {"masked_sum"})
     algos = functions_of(
-        root / "trainer/ppo/core_algos.py",
+        installed("verl", "verl/trainer/ppo/core_algos.py"),
         {"compute_gpg_outcome_advantage", "compute_policy_loss_gpg", "agg_loss"},
-        {
-            "verl_F": SimpleNamespace(masked_sum=helpers["masked_sum"]),
-            "ActorConfig": None,
-            "AlgoConfig": None,
-        },
+        np=np,
+        defaultdict=defaultdict,
+        verl_F=SimpleNamespace(**helpers),
     )
     advantages = {}
     for name, rewards in REWARD_CASES.items():
@@ -131,11 +99,9 @@ def run_authors(root: Path, data: dict[str, torch.Tensor]) -> dict:
         **dict.fromkeys(("pixel_values", "image_grid_thw")),
         **dict.fromkeys(("n_valid_samples", "num_reward_samples", "current_resample_attempt"), 1),
     }
-    math_loss = functions_of(root / "open-r1/src/open_r1/gpg_trainer.py", {"compute_loss"}, {})[
-        "compute_loss"
-    ]
+    math_loss = functions_of(root / "open-r1/src/open_r1/gpg_trainer.py", {"compute_loss"})["compute_loss"]
     visual = "VisualThinker-R1-Zero/src/open-r1-multimodal/src/open_r1/trainer/grpo_trainer.py"
-    visual_loss = functions_of(root / visual, {"compute_loss"}, {})["compute_loss"]
+    visual_loss = functions_of(root / visual, {"compute_loss"})["compute_loss"]
 
     def run_math(log_probs):
         trainer = SimpleNamespace(

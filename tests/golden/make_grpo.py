@@ -8,18 +8,16 @@
 脚本从已安装的包里取出那几个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import itertools
 import json
-import logging
-import typing
 from collections import defaultdict
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from library import functions_of, installed, value_and_grad
 
 GROUP_SIZE = 4
 REWARD_CASES = {
@@ -29,32 +27,6 @@ REWARD_CASES = {
 }
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 CONFIG = {"clip_low": 0.2, "clip_high": 0.28, "beta": 0.04, "max_response_length": 9}
-
-
-def functions_of(package: str, path: str, names: set[str], extra: dict) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的函数与方法（去掉注册用的装饰器）。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    body = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list = []
-            body.append(node)
-    namespace = {
-        "torch": torch,
-        "np": np,
-        "itertools": itertools,
-        "defaultdict": defaultdict,
-        "logger": logging.getLogger("golden"),
-        **{name: getattr(typing, name) for name in ("Any", "Callable", "List", "Optional", "Tuple", "Union")},
-        **extra,
-    }
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -73,17 +45,8 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def value_and_grad(function, variable: torch.Tensor) -> dict:
-    leaf = variable.clone().requires_grad_()
-    value = function(leaf)
-    (grad,) = torch.autograd.grad(value, leaf)
-    return {"value": value.item(), "grad": grad.tolist()}
-
-
 def load_verl() -> SimpleNamespace:
-    masks = functions_of(
-        "verl", "verl/utils/torch_functional.py", {"masked_sum", "masked_mean"}, {"F": torch.nn.functional}
-    )
+    masks = functions_of(installed("verl", "verl/utils/torch_functional.py"), {"masked_sum", "masked_mean"})
     names = {
         "compute_grpo_outcome_advantage",
         "agg_loss",
@@ -91,13 +54,15 @@ def load_verl() -> SimpleNamespace:
         "kl_penalty",
         "kl_penalty_forward",
     }
-    extra = {
-        "verl_F": SimpleNamespace(masked_sum=masks["masked_sum"], masked_mean=masks["masked_mean"]),
-        "AlgoConfig": type("AlgoConfig", (), {}),
-        "ActorConfig": object,
-        "DictConfig": object,
-    }
-    return SimpleNamespace(**functions_of("verl", "verl/trainer/ppo/core_algos.py", names, extra))
+    algos = functions_of(
+        installed("verl", "verl/trainer/ppo/core_algos.py"),
+        names,
+        np=np,
+        defaultdict=defaultdict,
+        verl_F=SimpleNamespace(**masks),
+        AlgoConfig=type("AlgoConfig", (), {}),
+    )
+    return SimpleNamespace(**algos)
 
 
 class ActorConfig(dict):
@@ -158,16 +123,13 @@ def run_verl(data: dict[str, torch.Tensor]) -> dict:
 
 
 def openrlhf_advantages(rewards: torch.Tensor, group_size: int) -> list:
-    reward_utils = functions_of("openrlhf", "openrlhf/models/utils.py", {"compute_reward"}, {})
+    reward_utils = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"compute_reward"})
     methods = functions_of(
-        "openrlhf",
-        "openrlhf/trainer/ppo_utils/experience_maker.py",
+        installed("openrlhf", "openrlhf/trainer/ppo_utils/experience_maker.py"),
         {"compute_advantages_and_returns", "get_cumulative_returns"},
-        {
-            "compute_reward": reward_utils["compute_reward"],
-            "apply_length_penalties": lambda experiences, args: None,
-            "Experience": object,
-        },
+        itertools=itertools,
+        apply_length_penalties=lambda experiences, args: None,
+        **reward_utils,
     )
     advantage = SimpleNamespace(estimator="group_norm", gamma=1.0, lambd=1.0, no_std_norm=False)
     args = SimpleNamespace(
@@ -193,13 +155,8 @@ def openrlhf_advantages(rewards: torch.Tensor, group_size: int) -> list:
 
 
 def run_openrlhf(data: dict[str, torch.Tensor]) -> dict:
-    masks = functions_of("openrlhf", "openrlhf/models/utils.py", {"masked_mean"}, {})
-    loss = functions_of(
-        "openrlhf",
-        "openrlhf/models/loss.py",
-        {"aggregate_loss"},
-        {"masked_mean": masks["masked_mean"]},
-    )
+    masks = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"masked_mean"})
+    loss = functions_of(installed("openrlhf", "openrlhf/models/loss.py"), {"aggregate_loss"}, **masks)
     result = {
         "advantages": {
             name: openrlhf_advantages(torch.tensor(rewards, dtype=torch.float64), GROUP_SIZE)

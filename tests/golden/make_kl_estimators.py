@@ -8,13 +8,12 @@
 脚本从已安装的包里取出那几个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import json
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 import torch
+from library import functions_of, installed, value_and_grad
 
 # log r = ref - cur 依次为 0.3、-0.4、0、1.5、3（k3 > 10）、-12（|k1| > 10）、25（超过 ±20）
 LOG_PROBS = [-0.9, -0.5, -2.0, -3.5, -5.0, -1.0, -30.0]
@@ -22,56 +21,33 @@ REF_LOG_PROBS = [-0.6, -0.9, -2.0, -2.0, -2.0, -13.0, -5.0]
 OLD_LOG_PROBS = [-1.0, -0.7, -1.8, -3.5, -4.8, -1.1, -29.5]
 
 
-def functions_of(package: str, path: str, names: set[str]) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的函数与常量。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    body = []
-    for node in ast.parse(source).body:
-        targets = [node.name] if isinstance(node, ast.FunctionDef) else []
-        if isinstance(node, ast.Assign):
-            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if names & set(targets):
-            body.append(node)
-    namespace = {"torch": torch, "Optional": Optional}
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
-
-
-def value_and_grad(function) -> dict:
-    log_probs = torch.tensor(LOG_PROBS, dtype=torch.float64, requires_grad=True)
-    value = function(log_probs, torch.tensor(REF_LOG_PROBS, dtype=torch.float64))
-    (grad,) = torch.autograd.grad(value.sum(), log_probs)
-    return {"value": value.tolist(), "grad": grad.tolist()}
-
-
 def main() -> None:
-    verl = functions_of("verl", "verl/trainer/ppo/core_algos.py", {"kl_penalty", "kl_penalty_forward"})
-    openrlhf = functions_of(
-        "openrlhf", "openrlhf/models/utils.py", {"compute_approx_kl", "KL_IS_WEIGHT_CLIP"}
+    verl = functions_of(
+        installed("verl", "verl/trainer/ppo/core_algos.py"), {"kl_penalty", "kl_penalty_forward"}
     )
-    old = torch.tensor(OLD_LOG_PROBS, dtype=torch.float64)
+    openrlhf = functions_of(
+        installed("openrlhf", "openrlhf/models/utils.py"), {"compute_approx_kl", "KL_IS_WEIGHT_CLIP"}
+    )
+    log_probs, ref, old = (
+        torch.tensor(row, dtype=torch.float64) for row in (LOG_PROBS, REF_LOG_PROBS, OLD_LOG_PROBS)
+    )
     result = {
         "versions": {name: version(name) for name in ("verl", "openrlhf", "torch")},
         "log_probs": LOG_PROBS,
         "ref_log_probs": REF_LOG_PROBS,
         "old_log_probs": OLD_LOG_PROBS,
         "verl": {
-            kind: value_and_grad(lambda lp, ref, kind=kind: verl["kl_penalty"](lp, ref, kind))
+            kind: value_and_grad(lambda x, kind=kind: verl["kl_penalty"](x, ref, kind), log_probs)
             for kind in ("k1", "k2", "k3", "low_var_kl", "k3+")
         },
         "openrlhf": {
             kind: value_and_grad(
-                lambda lp, ref, kind=kind: openrlhf["compute_approx_kl"](lp, ref, None, kind)
+                lambda x, kind=kind: openrlhf["compute_approx_kl"](x, ref, None, kind), log_probs
             )
             for kind in ("k1", "k2", "k3")
         },
         "openrlhf_unbiased": value_and_grad(
-            lambda lp, ref: openrlhf["compute_approx_kl"](lp, ref, old, "k3", unbiased_gradient=True)
+            lambda x: openrlhf["compute_approx_kl"](x, ref, old, "k3", unbiased_gradient=True), log_probs
         ),
     }
     path = Path(__file__).with_name("kl_estimators.json")

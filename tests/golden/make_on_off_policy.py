@@ -8,15 +8,14 @@ verl 不能与本项目的 transformers 装在一起，所以只要它的源文�
 脚本从已安装的包里取出那几个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import json
 import math
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional
 
 import torch
+from library import functions_of, installed
 
 # 三条回答，第二条只有 3 个 token，第三条中间夹着工具返回（不是策略生成的）
 LOG_PROBS = [[-0.5, -1.0, -2.0, -0.3], [-1.5, -0.7, -0.2, -9.0], [-3.0, -8.0, -0.4, -1.1]]
@@ -25,35 +24,18 @@ MASK = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1]]
 THRESHOLDS = {"untouched": 1e9, "truncated": 1.6, "masked": "0.42_1.7"}
 
 
-def functions_of(path: str, names: set[str], extra: dict) -> dict:
-    """从已安装的 verl 的源文件 path 里只执行 names 里的函数与常量。"""
-    source = Path(distribution("verl").locate_file(path)).read_text()
-    body = []
-    for node in ast.parse(source).body:
-        targets = [node.name] if isinstance(node, ast.FunctionDef) else []
-        if isinstance(node, ast.Assign):
-            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if names & set(targets):
-            body.append(node)
-    namespace = {"torch": torch, "math": math, "Optional": Optional, **extra}
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(f"verl {version('verl')} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。")
-    return namespace
-
-
 def main() -> None:
-    masked = functions_of("verl/utils/torch_functional.py", {"masked_sum", "masked_mean"}, {})
+    masked = functions_of(installed("verl", "verl/utils/torch_functional.py"), {"masked_sum", "masked_mean"})
     verl = functions_of(
-        "verl/trainer/ppo/rollout_corr_helper.py",
+        installed("verl", "verl/trainer/ppo/rollout_corr_helper.py"),
         {
             "SAFETY_BOUND",
             "_parse_rollout_is_threshold",
             "compute_is_metrics",
             "compute_rollout_correction_weights",
         },
-        {"verl_F": SimpleNamespace(**masked)},
+        math=math,
+        verl_F=SimpleNamespace(**masked),
     )
     log_ratio = torch.tensor(LOG_PROBS, dtype=torch.float64) - torch.tensor(
         ROLLOUT_LOG_PROBS, dtype=torch.float64

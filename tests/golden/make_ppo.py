@@ -8,14 +8,13 @@ r"""生成 ppo.json：verl 与 OpenRLHF 的 KL 塑形奖励、GAE 与白化在�
 脚本从已安装的包里取出那几个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import json
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional, Union
 
 import torch
+from library import functions_of, installed
 
 # 四行：没有填充；尾部填充；中间两个工具 token；工具 token 加尾部填充
 MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1], [1, 0, 1, 1, 0, 1, 0]]
@@ -42,19 +41,6 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def functions_of(package: str, path: str, names: set[str], namespace: dict) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的函数（类里的方法也算）。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    found = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) in names]
-    exec(compile(ast.Module(found, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
-
-
 class Batch(dict):
     """verl 的 DataProto.batch：一个带 batch_size 的字典。"""
 
@@ -63,24 +49,19 @@ class Batch(dict):
 
 def run_verl(data: dict[str, torch.Tensor]) -> dict:
     functional = functions_of(
-        "verl",
-        "verl/utils/torch_functional.py",
+        installed("verl", "verl/utils/torch_functional.py"),
         {"masked_sum", "masked_mean", "masked_var", "masked_whiten"},
-        {"torch": torch},
     )
     algos = functions_of(
-        "verl",
-        "verl/trainer/ppo/core_algos.py",
+        installed("verl", "verl/trainer/ppo/core_algos.py"),
         {"compute_gae_advantage_return", "kl_penalty", "kl_penalty_forward"},
-        {"torch": torch, "verl_F": SimpleNamespace(**functional), "register_adv_est": lambda _: lambda f: f}
-        | {"AdvantageEstimator": SimpleNamespace(GAE="gae")},
+        verl_F=SimpleNamespace(**functional),
     )
     trainer = functions_of(
-        "verl",
-        "verl/trainer/ppo/ray_trainer.py",
+        installed("verl", "verl/trainer/ppo/ray_trainer.py"),
         {"apply_kl_penalty"},
-        {"core_algos": SimpleNamespace(AdaptiveKLController=None, **algos), "DataProto": object}
-        | {"torch": torch, "masked_mean": functional["masked_mean"]},
+        core_algos=SimpleNamespace(**algos),
+        masked_mean=functional["masked_mean"],
     )
     # verl 的分数已经在逐 token 的张量里：放在最后一个有效位置
     scores = torch.zeros_like(data["mask"])
@@ -105,17 +86,10 @@ def run_verl(data: dict[str, torch.Tensor]) -> dict:
 
 
 def run_openrlhf(data: dict[str, torch.Tensor]) -> dict:
-    space = functions_of(
-        "openrlhf",
-        "openrlhf/models/utils.py",
-        {"compute_reward"},
-        {"torch": torch, "Union": Union, "Tuple": tuple, "Optional": Optional},
-    )
+    space = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"compute_reward"})
     maker = functions_of(
-        "openrlhf",
-        "openrlhf/trainer/ppo_utils/experience_maker.py",
+        installed("openrlhf", "openrlhf/trainer/ppo_utils/experience_maker.py"),
         {"get_advantages_and_returns"},
-        {"torch": torch, "Tuple": tuple},
     )
     kl = data["log_probs"] - data["ref_log_probs"]  # compute_approx_kl 会转成 float32，这里直接给 k1
     rewards = space["compute_reward"](data["scores"], KL_COEF, kl, action_mask=data["mask"])

@@ -8,15 +8,15 @@
 脚本从已安装的包里取出那几个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import itertools
 import json
 from collections import defaultdict
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from library import functions_of, installed
 
 GROUP_SIZE = 2
 KL_COEF = 0.1
@@ -26,53 +26,30 @@ TOOL = [[1, 1, 1, 0, 0], [1, 0, 0, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 1, 0]]
 REWARDS = [1.0, 0.0, 1.0, 0.25]
 
 
-def definitions(package: str, path: str, names: set[str], namespace: dict) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的函数（含类里的方法），去掉装饰器与类型标注。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    body = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list, node.returns = [], None
-            for argument in node.args.args:
-                argument.annotation = None
-            body.append(node)
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
-
-
 def load_verl() -> dict:
-    tools = definitions(
-        "verl",
-        "verl/utils/torch_functional.py",
+    tools = functions_of(
+        installed("verl", "verl/utils/torch_functional.py"),
         {"masked_sum", "masked_mean", "masked_var", "masked_whiten"},
-        {"torch": torch},
     )
-    verl_f = SimpleNamespace(**{k: v for k, v in tools.items() if not k.startswith("__")})
-    namespace = {"torch": torch, "defaultdict": defaultdict, "verl_F": verl_f}
-    return definitions(
-        "verl",
-        "verl/trainer/ppo/core_algos.py",
+    return functions_of(
+        installed("verl", "verl/trainer/ppo/core_algos.py"),
         {
             "compute_reinforce_plus_plus_outcome_advantage",
             "compute_reinforce_plus_plus_baseline_outcome_advantage",
         },
-        namespace,
+        defaultdict=defaultdict,
+        verl_F=SimpleNamespace(**tools),
     )
 
 
 def load_openrlhf() -> dict:
-    namespace = {"torch": torch, "itertools": itertools, "apply_length_penalties": lambda *_: None}
-    namespace = definitions("openrlhf", "openrlhf/models/utils.py", {"compute_reward"}, namespace)
-    return definitions(
-        "openrlhf",
-        "openrlhf/trainer/ppo_utils/experience_maker.py",
+    utils = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"compute_reward"})
+    return functions_of(
+        installed("openrlhf", "openrlhf/trainer/ppo_utils/experience_maker.py"),
         {"compute_advantages_and_returns", "get_cumulative_returns"},
-        namespace,
+        itertools=itertools,
+        apply_length_penalties=lambda *_: None,
+        **utils,
     )
 
 

@@ -8,13 +8,12 @@ verl 不能与本项目的 transformers 装在一起，所以只要它的源文�
 脚本从已安装的包里取出那一个函数的定义单独执行（不导入整个包），本仓库不含它的代码。
 """
 
-import ast
 import json
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 import torch
+from library import functions_of, installed
 
 NAME = "compute_remax_outcome_advantage"
 # 第 0 行：只有结尾一个分数；第 1 行：每个 token 扣一点 KL，右侧有填充且填充处留着脏数据；
@@ -36,20 +35,9 @@ RESPONSE_MASK = [
 REWARD_BASELINES = [0.4, 1.5, -0.3, 0.8, 0.25]
 
 
-def remax_function():
-    """从已安装的 verl 的源文件里只执行那一个函数，去掉注册用的装饰器。"""
-    source = Path(distribution("verl").locate_file("verl/trainer/ppo/core_algos.py")).read_text()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name == NAME:
-            node.decorator_list = []
-            namespace = {"torch": torch, "Optional": Optional, "AlgoConfig": object}
-            exec(compile(ast.Module([node], type_ignores=[]), "core_algos.py", "exec"), namespace)
-            return namespace[NAME]
-    raise SystemExit(f"verl {version('verl')} 的 core_algos.py 里没有 {NAME}，换成锁定的版本再跑。")
-
-
 def main() -> None:
-    advantages, returns = remax_function()(
+    library = functions_of(installed("verl", "verl/trainer/ppo/core_algos.py"), {NAME})
+    advantages, returns = library[NAME](
         token_level_rewards=torch.tensor(TOKEN_REWARDS, dtype=torch.float64),
         reward_baselines=torch.tensor(REWARD_BASELINES, dtype=torch.float64),
         response_mask=torch.tensor(RESPONSE_MASK, dtype=torch.float64),

@@ -6,11 +6,11 @@ r"""生成 reward_hacking.json：verl 的 AdaptiveKLController 连续更新的�
 """
 
 import argparse
-import ast
 import json
 from pathlib import Path
 
 import numpy as np
+from library import functions_of
 
 CASES = [  # 初值、目标、视野、逐批的（KL，回答数）
     (0.001, 0.1, 10000, [(0.0, 64), (0.05, 64), (0.1, 64), (0.11, 128), (0.5, 128), (50.0, 1024)]),
@@ -23,14 +23,10 @@ def main() -> None:
     parser.add_argument("--verl", type=Path, required=True)
     parser.add_argument("--commit", required=True)
     args = parser.parse_args()
-    source = (args.verl / "verl/trainer/ppo/core_algos.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") == "AdaptiveKLController"]
-    scope = {"np": np}
-    exec(compile(tree, "core_algos.py", "exec"), scope)
+    library = functions_of(args.verl / "verl/trainer/ppo/core_algos.py", {"AdaptiveKLController"}, np=np)
     golden = {"versions": {"verl": args.commit}, "cases": []}
     for start, target, horizon, updates in CASES:
-        controller, values = scope["AdaptiveKLController"](start, target, horizon), []
+        controller, values = library["AdaptiveKLController"](start, target, horizon), []
         for kl, count in updates:
             controller.update(kl, count)
             values.append(float(controller.value))

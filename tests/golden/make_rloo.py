@@ -8,15 +8,14 @@ verl 不能与本项目的 transformers 装在一起，所以只要它的源文�
 脚本从已安装的包里取出那两个函数的定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import json
 from collections import defaultdict
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
+from library import functions_of, installed
 
 FUNCTIONS = ["compute_rloo_outcome_advantage", "compute_rloo_vectorized_outcome_advantage"]
 # 三个提示，回答数分别是 4、1、2，行的次序故意打乱
@@ -26,20 +25,8 @@ LENGTHS = [2, 4, 1, 3, 4, 2, 3]
 
 
 def main() -> None:
-    path = "verl/trainer/ppo/core_algos.py"
-    source = Path(distribution("verl").locate_file(path)).read_text()
-    body = [node for node in ast.parse(source).body if getattr(node, "name", None) in FUNCTIONS]
-    for node in body:
-        node.decorator_list = []
-    namespace = {
-        "torch": torch,
-        "np": np,
-        "Optional": Optional,
-        "defaultdict": defaultdict,
-        "AlgoConfig": dict,
-    }
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-
+    source = installed("verl", "verl/trainer/ppo/core_algos.py")
+    library = functions_of(source, set(FUNCTIONS), np=np, defaultdict=defaultdict)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).double()
     token_rewards = torch.zeros_like(mask)
     for row, (reward, length) in enumerate(zip(REWARDS, LENGTHS, strict=True)):
@@ -50,7 +37,7 @@ def main() -> None:
         "rewards": REWARDS,
         "mask": mask.tolist(),
         "advantages": {
-            name: namespace[name](token_rewards.clone(), mask, np.array(INDEX))[0].tolist()
+            name: library[name](token_rewards.clone(), mask, np.array(INDEX))[0].tolist()
             for name in FUNCTIONS
         },
     }

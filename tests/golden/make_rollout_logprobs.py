@@ -8,16 +8,15 @@
 脚本从已安装的包里取出那几个定义单独执行（不导入整个包），本仓库不含它们的代码。
 """
 
-import ast
 import json
 import math
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
 
 import torch
 import torch.nn as nn
+from library import functions_of, installed, value_and_grad
 
 # 四条回答：第二条只有 3 个 token，第三条中间夹着工具返回，第四条整条都偏
 OLD_LOG_PROBS = [
@@ -48,33 +47,10 @@ IS_CASES = {  # 粒度，阈值：单个数是截断，"下_上" 是掩码
 }
 
 
-def definitions_of(package: str, path: str, names: set[str], extra: dict) -> dict:
-    """从已安装的 package 的源文件 path 里只执行 names 里的定义与常量。"""
-    source = Path(distribution(package).locate_file(path)).read_text()
-    body = []
-    for node in ast.parse(source).body:
-        targets = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        if isinstance(node, ast.Assign):
-            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            targets = [node.target.id]
-        if names & set(targets):
-            body.append(node)
-    namespace = {"torch": torch, "nn": nn, "math": math, "Optional": Optional, "Any": Any, **extra}
-    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), namespace)
-    missing = names - namespace.keys()
-    if missing:
-        raise SystemExit(
-            f"{package} {version(package)} 的 {path} 里没有 {sorted(missing)}，换成锁定的版本再跑。"
-        )
-    return namespace
-
-
 def main() -> None:
-    masked = definitions_of("verl", "verl/utils/torch_functional.py", {"masked_sum", "masked_mean"}, {})
-    verl = definitions_of(
-        "verl",
-        "verl/trainer/ppo/rollout_corr_helper.py",
+    masked = functions_of(installed("verl", "verl/utils/torch_functional.py"), {"masked_sum", "masked_mean"})
+    verl = functions_of(
+        installed("verl", "verl/trainer/ppo/rollout_corr_helper.py"),
         {
             "SAFETY_BOUND",
             "SUPPORTED_ROLLOUT_RS_OPTIONS",
@@ -87,14 +63,12 @@ def main() -> None:
             "compute_rollout_rejection_mask",
             "compute_offpolicy_metrics",
         },
-        {"verl_F": SimpleNamespace(**masked)},
+        math=math,
+        verl_F=SimpleNamespace(**masked),
     )
-    utils = definitions_of("openrlhf", "openrlhf/models/utils.py", {"masked_mean"}, {})
-    openrlhf = definitions_of(
-        "openrlhf",
-        "openrlhf/models/loss.py",
-        {"PolicyLoss", "aggregate_loss"},
-        {"masked_mean": utils["masked_mean"]},
+    utils = functions_of(installed("openrlhf", "openrlhf/models/utils.py"), {"masked_mean"})
+    openrlhf = functions_of(
+        installed("openrlhf", "openrlhf/models/loss.py"), {"PolicyLoss", "aggregate_loss"}, nn=nn, **utils
     )
     tensors = [
         torch.tensor(rows, dtype=torch.float64)
@@ -127,10 +101,10 @@ def main() -> None:
         loss = openrlhf["PolicyLoss"](
             is_correction_level=level, is_correction_mode=mode, is_correction_threshold=[0.6, 1.5]
         )
-        leaf = log_probs.clone().requires_grad_(True)
-        value = loss(leaf, old, advantages, action_mask=mask, rollout_log_probs=rollout)[0]
-        (grad,) = torch.autograd.grad(value, leaf)
-        result["openrlhf_loss"][name] = {"value": value.item(), "grad": grad.tolist()}
+        result["openrlhf_loss"][name] = value_and_grad(
+            lambda x, loss=loss: loss(x, old, advantages, action_mask=mask, rollout_log_probs=rollout)[0],
+            log_probs,
+        )
     path = Path(__file__).with_name("rollout_logprobs.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -6,10 +6,11 @@ r"""生成 rule_based_reward.json：verl 的三个打分器在带标签的小集
 """
 
 import argparse
-import ast
 import importlib.util
 import json
 from pathlib import Path
+
+from library import functions_of
 
 ROOT = Path(__file__).parents[2]
 RESPONSES = [
@@ -34,15 +35,6 @@ def load_file(path: Path):
     return module
 
 
-def labelled_pairs():
-    """笔记本里的 LABELLED_PAIRS；只取字面量，不执行笔记本。"""
-    source = (ROOT / "notebooks/reasoning/rule_based_reward.py").read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "LABELLED_PAIRS":
-            return [list(pair) for pair in ast.literal_eval(node.value)]
-    raise LookupError("笔记本里没有 LABELLED_PAIRS。")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--verl", type=Path, required=True)
@@ -52,7 +44,8 @@ def main() -> None:
     math_reward, math_dapo, gsm8k = (
         load_file(folder / f"{n}.py") for n in ("math_reward", "math_dapo", "gsm8k")
     )
-    pairs = labelled_pairs()
+    notebook = ROOT / "notebooks/reasoning/rule_based_reward.py"  # 只取一个常量，不执行笔记本
+    pairs = [list(pair) for pair in functions_of(notebook, {"LABELLED_PAIRS"})["LABELLED_PAIRS"]]
     golden = {
         "versions": {"verl": args.commit},
         "pairs": pairs,
