@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mcp_types as types
@@ -307,7 +308,8 @@ def test_an_unexpected_exception_does_not_leak_its_text_to_the_model():
         async with Client(server) as client:
             return await client.call_tool("crash", {})
 
-    result = asyncio.run(run())
+    with ThreadPoolExecutor(1) as pool:  # 另起线程：浏览器测试会在主线程留下一个事件循环
+        result = pool.submit(asyncio.run, run()).result()
     assert result.is_error and result.content[0].text == "Error executing tool crash"
 
 
