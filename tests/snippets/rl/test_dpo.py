@@ -15,6 +15,7 @@ import socket
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import tiny_llama, word_tokenizer
 
 from snippets.rl.dpo import dpo_loss, dpo_loss_smoothed, implicit_rewards, ipo_loss, kl_regularized_optimum
 from snippets.rl.log_probs import log_probs_from_logits, sequence_log_probs
@@ -203,32 +204,13 @@ trl_warning = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is 
 def trl_setup(tmp_path_factory):
     """真的 `DPOTrainer`：词表 14、两层的随机 Llama，策略与参考不同；数据 4 条，长度各不相同；断网。"""
     from datasets import Dataset, disable_progress_bars
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
     words = "<pad> <eos> <unk> a b c d e f g h i j k".split()
-    word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,  # 默认 0.02 时各 token 几乎等概率，比较不出差别
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    tokenizer = word_tokenizer(words, unknown="<unk>")
     torch.manual_seed(0)
-    model, ref_model = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    model, ref_model = (tiny_llama(len(words), num_hidden_layers=2) for _ in range(2))
     dataset = Dataset.from_dict(
         {
             "prompt": ["a b ", "c ", "d e f ", "g h "],

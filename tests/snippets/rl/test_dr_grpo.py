@@ -17,6 +17,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from tiny_models import tiny_gpt2, word_tokenizer
 from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import clipped_surrogate_loss
@@ -337,21 +338,11 @@ def test_micro_batches_need_no_global_denominator():
 def train_one_step_with_trl(tmp_path, **options):
     """随机小模型、TRL 真的训练一步；返回奖励、TRL 的优势与损失，以及逐 token 的对数概率与掩码。"""
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
     torch.manual_seed(0)
-    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "a", "b", "c", "d"])}
-    words = Tokenizer(WordLevel(vocab, unk_token="a"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    size = {"vocab_size": 6, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**size, **tokens, **dropout))
+    tokenizer = word_tokenizer(["<pad>", "<eos>", "a", "b", "c", "d"], unknown="a")
+    model = tiny_gpt2(6)
     seen = {}
 
     class Recorder(GRPOTrainer):

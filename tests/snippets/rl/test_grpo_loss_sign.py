@@ -12,6 +12,7 @@ import math
 import jaxtyping
 import pytest
 import torch
+from tiny_models import tiny_gpt2, word_tokenizer
 from trl_grpo import trl_grpo_loss
 
 from snippets.rl.clip import clipped_surrogate_loss, dual_clip_loss
@@ -251,21 +252,11 @@ def test_which_trl_loss_types_survive_a_group_split_over_micro_batches():
 def train_one_step_with_trl(tmp_path, **options):
     """随机小模型、两组各 4 条、累积两次，TRL 真的训练；返回各微批的损失、优势、长度与日志。"""
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
     torch.manual_seed(0)
-    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "a", "b", "c", "d"])}
-    words = Tokenizer(WordLevel(vocab, unk_token="a"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    size = {"vocab_size": 6, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**size, **tokens, **dropout))
+    tokenizer = word_tokenizer(["<pad>", "<eos>", "a", "b", "c", "d"], unknown="a")
+    model = tiny_gpt2(6)
     seen = {"losses": [], "advantages": [], "lengths": []}
 
     class Recorder(GRPOTrainer):
