@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from sitetools import REPOSITORY_URL, ROOT, build
+from sitetools import REPOSITORY_URL, ROOT, Visitor, build
 
 from kbsite.browser import ensure_chromium
 
@@ -67,33 +67,6 @@ def browser(tmp_path_factory):
         )
         yield chromium
         chromium.close()
-
-
-class Visitor:
-    """一个浏览器页面；记下脚本错误与发往别处的请求（一律拒绝）。"""
-
-    def __init__(self, page, origin):
-        self.page = page
-        self.foreign: list[str] = []
-        self.errors: list[str] = []
-
-        def route(handle):
-            url = handle.request.url
-            if url.startswith((origin, "data:", "blob:")):
-                handle.continue_()
-            else:
-                self.foreign.append(url)
-                handle.abort("blockedbyclient")
-
-        page.route("**/*", route)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        page.on("requestfailed", self.failed)
-
-    def failed(self, request):
-        # 离开页面会中断还没收完的请求（图标、搜索线程），那不是站点的错
-        if request.failure != "net::ERR_ABORTED":
-            self.errors.append(f"失败的请求 {request.url} {request.failure}")
 
 
 @pytest.fixture

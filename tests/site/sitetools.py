@@ -1,4 +1,4 @@
-"""真实站点测试共用的东西：建站、列出网页。"""
+"""真实站点测试共用的东西：建站、列出网页、记下浏览器里的毛病。"""
 
 import os
 import subprocess
@@ -28,3 +28,30 @@ def html_pages(site):
     return sorted(
         path.relative_to(site).as_posix().removesuffix("index.html") for path in site.rglob("index.html")
     )
+
+
+class Visitor:
+    """一个浏览器页面；记下脚本错误与发往别处的请求（一律拒绝）。"""
+
+    def __init__(self, page, origin):
+        self.page = page
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+
+        def route(handle):
+            url = handle.request.url
+            if url.startswith((origin, "data:", "blob:")):
+                handle.continue_()
+            else:
+                self.foreign.append(url)
+                handle.abort("blockedbyclient")
+
+        page.route("**/*", route)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("requestfailed", self.failed)
+
+    def failed(self, request):
+        # 离开页面会中断还没收完的请求（图标、搜索线程），那不是站点的错
+        if request.failure != "net::ERR_ABORTED":
+            self.errors.append(f"失败的请求 {request.url} {request.failure}")

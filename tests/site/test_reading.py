@@ -3,14 +3,30 @@
 import re
 
 import pytest
-from sitetools import ROOT, html_pages
+from sitetools import ROOT, Visitor, html_pages
 
 SHIFT = """() => new Promise(done => {
   let sum = 0
   new PerformanceObserver(list => { for (const e of list.getEntries()) sum += e.value })
     .observe({type: "layout-shift", buffered: true})
-  setTimeout(() => done(sum), 1200)
+  document.fonts.ready.then(() => setTimeout(() => done(sum), 300))
 })"""
+
+PHONE = """() => {
+  const next = [...document.querySelectorAll("article h2")].find(h => h.textContent.startsWith("推导"))
+  const boxes = [...document.querySelectorAll("mjx-container[display=true], .md-typeset__scrollwrap")]
+  return {
+    answers: next?.previousElementSibling.getBoundingClientRect().bottom,
+    wide: boxes.filter(b => b.getBoundingClientRect().right > innerWidth + 1).map(b => b.dataset.tex ?? b.tagName),
+    text: [...document.querySelectorAll(".kb-figure svg text")].map(node => {
+      const svg = node.ownerSVGElement
+      const size = parseFloat(getComputedStyle(node.querySelector("tspan") ?? node).fontSize)
+      return size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
+    }),
+  }
+}"""
+
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 CONTRAST = """() => {
   const luminance = color => {
@@ -37,71 +53,68 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_every_page_loads_alone_quietly_and_within_the_screen(visit, base_url, site, width):
-    problems = {}
-    visitor = visit("", width=width)
-    for url in html_pages(site):
-        visitor.page.goto(base_url + url, wait_until="load")
-        visitor.page.wait_for_timeout(150)
-        overflow = visitor.page.evaluate(
-            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
-        found = [*visitor.foreign, *visitor.errors, *([f"横向溢出 {overflow}px"] if overflow > 0 else [])]
-        if found:
-            problems[url] = found
-        visitor.foreign.clear()
-        visitor.errors.clear()
-    assert problems == {}
+@pytest.fixture(scope="module")
+def readings(browser, base_url, site):
+    """每页只打开一次（缓存是空的）：先在手机宽度量，再放宽到桌面，再换深色。"""
+    return {url: read(browser, base_url, url) for url in html_pages(site)}
 
 
-def test_formulas_cause_no_layout_shift(visit, topic_pages):
-    for key in topic_pages:
-        visitor = visit(f"{key}/", width=390)
-        assert visitor.page.evaluate(SHIFT) < 0.01, key
+def read(browser, base_url, url):
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, color_scheme="light", locale="zh-CN"
+    )
+    visitor = Visitor(context.new_page(), base_url)
+    page = visitor.page
+    page.goto(base_url + url, wait_until="load")
+    found = {"shift": page.evaluate(SHIFT), **page.evaluate(PHONE), "overflow": [page.evaluate(OVERFLOW)]}
+    page.set_viewport_size({"width": 1280, "height": 844})
+    found["contrast"] = {"light": page.evaluate(CONTRAST)}
+    found["overflow"].append(page.evaluate(OVERFLOW))
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
+    page.wait_for_timeout(150)  # 换色有过渡
+    found["contrast"]["dark"] = page.evaluate(CONTRAST)
+    context.close()
+    return {**found, "faults": [*visitor.foreign, *visitor.errors]}
 
 
-def test_question_and_both_answers_fit_one_phone_screen(visit, topic_pages):
-    for key in topic_pages:
-        page = visit(f"{key}/", width=390).page
-        bottom = page.evaluate(
-            """() => {
-              const next = [...document.querySelectorAll("article h2")].find(h => h.textContent.startsWith("推导"))
-              return next.previousElementSibling.getBoundingClientRect().bottom
-            }"""
-        )
-        assert bottom <= 844, f"{key}: 「一分钟回答」在 {bottom:.0f}px 处才结束"
+@pytest.fixture
+def topics(readings, topic_pages):
+    return {key: readings[f"{key}/"] for key in topic_pages}
+
+
+def test_every_page_loads_alone_and_quietly(readings):
+    assert {url: found["faults"] for url, found in readings.items() if found["faults"]} == {}
+
+
+def test_no_page_is_wider_than_the_screen(readings):
+    assert {url: found["overflow"] for url, found in readings.items() if max(found["overflow"]) > 0} == {}
+
+
+def test_formulas_cause_no_layout_shift(topics):
+    assert {key: found["shift"] for key, found in topics.items() if found["shift"] >= 0.01} == {}
+
+
+def test_question_and_both_answers_fit_one_phone_screen(topics):
+    assert {key: found["answers"] for key, found in topics.items() if found["answers"] > 844} == {}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_figures_are_legible(visit, topic_pages, scheme):
-    for key in topic_pages:
-        worst = visit(f"{key}/", scheme=scheme).page.evaluate(CONTRAST)
+def test_figures_are_legible(topics, scheme):
+    for key, found in topics.items():
+        worst = found["contrast"][scheme]
         # 文字按 WCAG AA 正文 4.5:1，线条按图形 3:1
         assert worst["text"] >= 4.5, f"{key}: 图上文字的对比度 {worst['text']:.2f}"
         assert worst["line"] >= 2.9, f"{key}: 图上线条的对比度 {worst['line']:.2f}"
 
 
-def test_figure_text_is_readable_on_a_phone(visit, topic_pages):
-    for key in topic_pages:
-        sizes = visit(f"{key}/", width=390).page.eval_on_selector_all(
-            ".kb-figure svg text",
-            """nodes => nodes.map(node => {
-              const svg = node.ownerSVGElement
-              const size = parseFloat(getComputedStyle(node.querySelector("tspan") ?? node).fontSize)
-              return size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
-            })""",
-        )
-        assert not sizes or min(sizes) >= 6.5, f"{key}: 图上最小的字 {min(sizes):.1f}px"
+def test_figure_text_is_readable_on_a_phone(topics):
+    for key, found in topics.items():
+        assert min(found["text"], default=99) >= 6.5, f"{key}: 图上最小的字 {min(found['text']):.1f}px"
 
 
-def test_wide_formulas_and_tables_scroll_inside_their_own_box(visit, topic_pages):
-    for key in topic_pages:
-        wide = visit(f"{key}/", width=390).page.eval_on_selector_all(
-            "mjx-container[display=true], .md-typeset__scrollwrap",
-            "boxes => boxes.filter(b => b.getBoundingClientRect().right > innerWidth + 1).map(b => b.dataset.tex ?? b.tagName)",
-        )
-        assert wide == [], key
+def test_wide_formulas_and_tables_scroll_inside_their_own_box(topics):
+    assert {key: found["wide"] for key, found in topics.items() if found["wide"]} == {}
 
 
 def test_copied_formulas_become_tex(visit):
