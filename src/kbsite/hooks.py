@@ -11,8 +11,9 @@ from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.plugins import event_priority  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
+from mkdocs.utils.meta import get_data  # noqa: E402
 
-from kbsite import pages, topics  # noqa: E402
+from kbsite import pages, questions, topics  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -105,6 +106,7 @@ def on_page_markdown(markdown, page, config, files):
         source = page.file.content_string  # 含 front matter，行号才对
         _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
         markdown = pages.fill_answer(markdown, page.meta, path)
+        markdown = questions.fill_questions(markdown, _questions(config, files), page.file.src_uri)
     except KbsiteError as error:
         raise PluginError(str(error)) from None
     key = page.file.src_uri.removesuffix(".md")
@@ -171,6 +173,22 @@ def on_build_error(error):
     """构建失败也要收拾 Node 进程。"""
     if _build:
         _build.math.close()
+
+
+def _questions(config, files):
+    """导航里有一句话回答的页面，按导航的顺序。"""
+    for section in config.nav or []:
+        for name, entries in section.items() if isinstance(section, dict) else ():
+            for entry in entries if isinstance(entries, list) else ():
+                file = files.get_file_from_path(entry) if isinstance(entry, str) else None
+                _, meta = get_data(file.content_string) if file else ("", {})
+                if "answer" not in meta:
+                    continue
+                key = entry.removesuffix(".md")
+                words = (*meta.get("tags", ()), *topics.headings_of(_build.headings, key))
+                yield questions.Question(
+                    key, meta["title"], name, meta.get("difficulty", 0), str(meta["answer"]).strip(), words
+                )
 
 
 def _edit_url(config, path: str) -> str | None:

@@ -1,0 +1,54 @@
+"""题目索引：由 front matter 生成，一页一条，公式照排，不进搜索索引。"""
+
+import json
+import re
+
+from kbsite.questions import Question, fill_questions
+
+QUESTIONS = [
+    Question("rl/clip", "裁剪（Clip）", "强化学习", 2, "限制 $\\rho$。", ("PPO", "clip 细节")),
+    Question("training/adamw", "AdamW", "训练", 3, "解耦 <衰减>。", ()),
+]
+
+
+def test_each_question_links_to_its_page_and_keeps_its_answer():
+    text = fill_questions("前\n\n{{ questions }}\n\n后", QUESTIONS, "interviews/index.md")
+    assert "[裁剪（Clip）](../rl/clip.md)" in text and "[AdamW](../training/adamw.md)" in text
+    assert "限制 $\\rho$。" in text and 'data-words="PPO clip 细节"' in text
+    assert text.index("rl/clip.md") < text.index("training/adamw.md")
+    assert text.startswith("前\n\n<form") and text.endswith("</ol>\n\n后")
+
+
+def test_sections_are_offered_once_in_the_order_of_the_pages():
+    text = fill_questions("{{ questions }}", [*QUESTIONS, QUESTIONS[0]], "index.md")
+    assert re.findall(r"<option>(.*?)</option>", text) == ["强化学习", "训练"]
+    assert "3 题" in text and "](rl/clip.md)" in text
+
+
+def test_a_page_without_the_placeholder_is_untouched():
+    assert fill_questions("`{{ questions }}` 是占位行", QUESTIONS, "index.md") == "`{{ questions }}` 是占位行"
+
+
+def test_built_index_lists_pages_with_answers_only_and_stays_out_of_search(project):
+    project.write("docs/rl/index.md", "# 目录\n")
+    project.write(
+        "docs/rl/demo.md",
+        "---\ntitle: 演示（Demo）\ndifficulty: 2\ntags: [标签甲]\nanswer: 回答含 $a^2$。\n---\n\n# 演示（Demo）\n",
+    )
+    project.write("docs/all.md", "# 索引\n\n{{ questions }}\n")
+    text = (project.root / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[0]
+    project.write(
+        "mkdocs.yml",
+        text
+        + "\nnav:\n  - index.md\n  - 强化学习:\n      - rl/index.md\n      - rl/demo.md\n  - 其他:\n      - all.md\n",
+    )
+    result = project.build("--strict")
+    assert result.returncode == 0, result.stderr
+    html = project.page("all")
+    assert re.findall(r'<li data-difficulty="(\d)" data-section="(.*?)" data-words="(.*?)">', html) == [
+        ("2", "强化学习", "标签甲")
+    ]
+    assert 'href="../rl/demo/"' in html and 'data-tex="a^2"' in html and "questions.js" in html
+    assert "questions.js" not in project.page("rl/demo")
+    docs = json.loads((project.root / "site/search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    assert "回答含" not in " ".join(doc["text"] for doc in docs if doc["location"].startswith("all/"))
