@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build test check lint bench lock clean
+.PHONY: help serve build test check bench mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -47,6 +47,9 @@ bench: $(VENV)/test.stamp node_modules/.package-lock.json ## 基准：构建时�
 	@$(BIN)/python -m kbsite browser
 	@$(BIN)/python bench/bench.py $(ARGS)
 
+mutation: $(VENV)/mutation.stamp ## 变异测试：改坏参考实现，列出测试抓不住的改动；ARGS="rl/clip" 只测一处
+	@$(BIN)/python bench/mutation.py $(ARGS)
+
 lock: $(VENV)/site.stamp ## 由 requirements/*.in 重写锁定文件
 	@$(BIN)/python -m pip install --quiet pip-tools
 	@requirements/lock.sh $(abspath $(BIN)/python)
@@ -72,6 +75,10 @@ $(VENV)/site.stamp: $(VENV)/torch.stamp requirements/site.txt
 
 $(VENV)/test.stamp: $(VENV)/site.stamp requirements/test.txt
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/test.txt
+	@touch $@
+
+$(VENV)/mutation.stamp: $(VENV)/test.stamp requirements/mutation.txt
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/mutation.txt
 	@touch $@
 
 node_modules/.package-lock.json: package.json package-lock.json .npmrc $(VENV)/site.stamp

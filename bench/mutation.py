@@ -1,0 +1,108 @@
+"""变异测试：逐处改坏参考实现，看它的测试抓不抓得住；列出漏网的改动。
+
+用法：make mutation（全部）；make mutation ARGS="architecture training/adamw"（一个章节、一个模块）。
+与原式等价、因而抓不住的改动写在 bench/mutation_equivalents.tsv，每条说明理由；不在表里的漏网改动使命令失败。
+形状检查（jaxtyping）在这里关掉：mutmut 换掉函数之后它看不到，测试要靠数值抓住错误。
+"""
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EQUIVALENTS = Path(__file__).with_name("mutation_equivalents.tsv")
+ALIVE = ("survived", "no tests", "timeout", "suspicious")
+
+
+def modules(selected: list[str]) -> list[Path]:
+    """有测试的参考实现；`selected` 是章节或 `章节/模块`，空的表示全部。"""
+    found = []
+    for test in sorted((ROOT / "tests/snippets").glob("*/test_*.py")):
+        module = Path(test.parent.name) / test.stem.removeprefix("test_")
+        if (ROOT / f"snippets/{module}.py").is_file() and (
+            not selected or {str(module), module.parts[0]} & set(selected)
+        ):
+            found.append(module)
+    return found
+
+
+def mutate(module: Path, folder: Path) -> tuple[int, list[tuple[str, str, str]]]:
+    """在 `folder` 里改坏一个模块；返回改动总数与漏网的（状态、原行、新行）。"""
+    for name in ("snippets", "tests/golden"):
+        shutil.copytree(ROOT / name, folder / name)
+    tests = folder / "tests/snippets" / module.parent
+    tests.mkdir(parents=True)
+    for path in (ROOT / "tests/snippets").glob("*.py"):
+        if not path.name.startswith("test_"):
+            shutil.copy(path, folder / "tests/snippets")
+    shutil.copy(ROOT / f"tests/snippets/{module.parent}/test_{module.name}.py", tests)
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    settings = settings.replace(" --jaxtyping-packages=snippets,beartype.beartype", "")
+    settings += f'\n[tool.mutmut]\nsource_paths = ["snippets"]\nonly_mutate = ["snippets/{module}.py"]\n'
+    settings += 'also_copy = ["snippets", "tests"]\n'
+    (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
+
+    result = run(folder, "run", "--max-children", str(os.cpu_count()))
+    if result.returncode:
+        raise SystemExit(f"{module}：没有改动时测试就不过，或 mutmut 出错。\n{result.stdout[-3000:]}")
+    rows = re.findall(r"^\s*(\S+): (.+)$", run(folder, "results", "--all", "true").stdout, re.M)
+    alive = []
+    for name, status in rows:
+        if status in ALIVE:
+            diff = run(folder, "show", name).stdout
+            old = "; ".join(row[1:].strip() for row in diff.splitlines() if re.match(r"-(?!--)", row))
+            new = "; ".join(row[1:].strip() for row in diff.splitlines() if re.match(r"\+(?!\+\+)", row))
+            if not only_message(old, new):
+                alive.append((status, old, new))
+    return len(rows), alive
+
+
+def only_message(old: str, new: str) -> bool:
+    """只改了给人看的中文消息。"""
+    strip = re.compile(r"\"[^\"]*[\u4e00-\u9fff][^\"]*\"")
+    return strip.search(old) is not None and strip.sub('""', old) == strip.sub('""', new)
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mutmut", *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("selected", nargs="*", help="章节或 章节/模块")
+    chosen = modules(parser.parse_args().selected)
+    if not chosen:
+        raise SystemExit("没有选中任何模块；写章节名（architecture）或 章节/模块（rl/clip）。")
+    text = EQUIVALENTS.read_text(encoding="utf-8").splitlines()
+    known = {tuple(row[:3]) for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row}
+    seen, failed = set(), 0
+    for module in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            total, alive = mutate(module, Path(folder))
+        rows = [(str(module), old, new) for _, old, new in alive]
+        seen |= {*rows}
+        bad = [row for row in rows if row not in known]
+        failed += len(bad)
+        print(f"{module}：改动 {total}，等价 {len(rows) - len(bad)}，漏网 {len(bad)}", flush=True)
+        for _, old, new in bad:
+            print(f"  - {old}\n  + {new}", flush=True)
+    stale = [row for row in known - seen if row[0] in {str(module) for module in chosen}]
+    for module, old, new in stale:
+        print(f"{EQUIVALENTS.name} 里多余的一条（代码变了，或测试已能抓住）：{module}\n  - {old}\n  + {new}")
+    sys.exit(bool(failed or stale))
+
+
+if __name__ == "__main__":
+    main()
