@@ -1,7 +1,7 @@
 r"""页面里的计算器：一个函数给出公式、数值与浏览器里的算式，只写一次。
 
 把 SymPy 符号传给参考实现的函数得到表达式；表达式排成公式，又原样（作为一棵树）交给页面里的脚本求值。
-笔记里以一个 `Calculator` 结尾的单元就把它嵌进页面；脚本是 docs/assets/javascripts/calculator.js。
+笔记里以 `Markdown(计算器.markdown())` 结尾的单元就把它嵌进页面；脚本是 docs/assets/javascripts/calculator.js。
 
 不包含：表达式以外的计算。函数只能对数值参数做加、减、乘、除、乘方；分情况的参数用 `Choice` 列出各种取值。
 """
@@ -102,7 +102,8 @@ class Calculator:
             rows.append((when, sympy.sympify(output.function(**symbols, **when))))
         return rows
 
-    def _repr_markdown_(self) -> str:
+    def markdown(self) -> str:
+        """嵌进页面的 Markdown：一个表单（含默认值的结果），与折叠的算式。"""
         names = {sympy.Symbol(item.name, positive=True): item.symbol for item in self.inputs}
         labels = {choice.name: choice.options for choice in self.choices}
         tree, lines = {}, []
@@ -178,7 +179,7 @@ def format_value(value: int | float, *, unit: str) -> str:
         for scale, suffix in UNITS["seconds"]:
             if value >= scale:
                 return f"{value / scale:.2f} {suffix}"
-        return f"{value:.3g} 秒"
+        return f"{value:.3g} 秒" if value >= 1 else f"{value * 1e3:.3g} 毫秒"
     if unit == "flops":
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}×10^{int(exponent)} FLOP"

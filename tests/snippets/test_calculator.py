@@ -55,7 +55,7 @@ def test_one_formula_for_each_choice():
 
 
 def test_page_holds_formulas_values_and_a_tree_that_gives_the_same_numbers():
-    text = demo()._repr_markdown_()
+    text = demo().markdown()
     assert "A=h_0 w" in text and r"A=\frac{h_0 w}{2}" in text and "面积（三角形）" in text
     assert '<output name="area" data-unit="count">12</output>' in text
     data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", text)[1])
@@ -67,7 +67,7 @@ def test_page_holds_formulas_values_and_a_tree_that_gives_the_same_numbers():
 
 
 def test_markdown_has_no_blank_line_inside_the_form():
-    form = demo()._repr_markdown_().partition("</form>")[0]
+    form = demo().markdown().partition("</form>")[0]
     assert "\n\n" not in form
 
 
@@ -76,7 +76,7 @@ def test_sums_powers_fractions_and_decimals_survive_the_tree():
         return width**2 + height / 3 + 0.5 * width - 1
 
     calculator = demo(formula)
-    (_, tree), *_ = json.loads(re.search(r"<script[^>]*>(.*?)</script>", calculator._repr_markdown_())[1])[
+    (_, tree), *_ = json.loads(re.search(r"<script[^>]*>(.*?)</script>", calculator.markdown())[1])[
         "formulas"
     ]["area"]
     assert value_of(tree, {"width": 3, "height": 4}) == pytest.approx(9 + 4 / 3 + 1.5 - 1, rel=1e-15)
@@ -84,7 +84,7 @@ def test_sums_powers_fractions_and_decimals_survive_the_tree():
 
 def test_a_function_beyond_arithmetic_is_refused():
     with pytest.raises(ValueError, match="计算器不会算 floor"):
-        demo(lambda *, width, height: width // height)._repr_markdown_()
+        demo(lambda *, width, height: width // height).markdown()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,8 @@ def test_a_function_beyond_arithmetic_is_refused():
         (3.14e23, "flops", "3.14×10^23 FLOP"),
         (172800, "seconds", "2.00 天"),
         (90, "seconds", "1.50 分钟"),
-        (0.0048, "seconds", "0.0048 秒"),
+        (0.0048, "seconds", "4.8 毫秒"),
+        (2.5, "seconds", "2.5 秒"),
     ],
 )
 def test_values_carry_their_units(value, unit, text):

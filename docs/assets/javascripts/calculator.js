@@ -26,7 +26,7 @@
     if (unit === "seconds") {
       for (const [scale, suffix] of units.seconds)
         if (value >= scale) return `${(value / scale).toFixed(2)} ${suffix}`
-      return `${Number(value.toPrecision(3))} 秒`
+      return value >= 1 ? `${Number(value.toPrecision(3))} 秒` : `${Number((value * 1e3).toPrecision(3))} 毫秒`
     }
     const [mantissa, exponent] = value.toExponential(2).split("e")
     return `${mantissa}×10^${Number(exponent)} FLOP`
