@@ -56,7 +56,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Output:
-    """一个结果；`function` 的参数名就是它用到的输入与选择。单位是 bytes、count、flops、seconds 之一。"""
+    """一个结果；`function` 的参数名就是它用到的输入、选择与排在前面的结果。
+
+    单位是 bytes、count、flops、seconds 之一。
+    """
 
     name: str
     label: str
@@ -84,17 +87,14 @@ class Calculator:
             raise ValueError(f"{self.name} 没有这些输入：{unknown}；有 {sorted(values)}。")
         values |= changes
         values |= {item.name: values[item.name] * item.scale for item in self.inputs}
-        return {
-            output.name: output.function(**{name: values[name] for name in _parameters(output)})
-            for output in self.outputs
-        }
+        for output in self.outputs:
+            values[output.name] = output.function(**{name: values[name] for name in _parameters(output)})
+        return {output.name: values[output.name] for output in self.outputs}
 
     def formulas(self, output: Output) -> list[tuple[dict[str, str], sympy.Expr]]:
         """一个结果的表达式；用到选择时，每种取值一条。"""
         used = _parameters(output)
-        symbols = {
-            item.name: sympy.Symbol(item.name, positive=True) for item in self.inputs if item.name in used
-        }
+        symbols = {item.name: _symbol(item) for item in (*self.inputs, *self.outputs) if item.name in used}
         choices = [choice for choice in self.choices if choice.name in used]
         rows = []
         for options in itertools.product(*(choice.options for choice in choices)):
@@ -104,7 +104,7 @@ class Calculator:
 
     def markdown(self) -> str:
         """嵌进页面的 Markdown：一个表单（含默认值的结果），与折叠的算式。"""
-        names = {sympy.Symbol(item.name, positive=True): item.symbol for item in self.inputs}
+        names = {_symbol(item): item.symbol for item in (*self.inputs, *self.outputs)}
         labels = {choice.name: choice.options for choice in self.choices}
         tree, lines = {}, []
         for output in self.outputs:
@@ -184,6 +184,10 @@ def format_value(value: int | float, *, unit: str) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}×10^{int(exponent)} FLOP"
     raise ValueError(f"没有单位 {unit!r}；可用 bytes、count、flops、seconds。")
+
+
+def _symbol(item: Input | Output) -> sympy.Symbol:
+    return sympy.Symbol(item.name, positive=True)
 
 
 def _parameters(output: Output) -> list[str]:

@@ -90,27 +90,8 @@ def _flops(*, num_params, num_tokens, num_layers, attention_width, sequence_leng
     return training_flops(forward=forward, recompute=recompute == "full")
 
 
-def _training_seconds(
-    *,
-    num_params,
-    num_tokens,
-    num_layers,
-    attention_width,
-    sequence_length,
-    recompute,
-    num_gpus,
-    peak_flops,
-    utilization,
-):
-    work = _flops(
-        num_params=num_params,
-        num_tokens=num_tokens,
-        num_layers=num_layers,
-        attention_width=attention_width,
-        sequence_length=sequence_length,
-        recompute=recompute,
-    )
-    return work / (num_gpus * peak_flops * utilization)
+def _training_seconds(*, flops, num_gpus, peak_flops, utilization):
+    return flops / (num_gpus * peak_flops * utilization)
 
 
 def _compute_presets() -> dict[str, dict[str, int | float | str]]:
@@ -181,17 +162,7 @@ def _bytes_per_token(*, num_layers, num_kv_heads, head_dim, bytes_per_element):
     )
 
 
-def _step_seconds(
-    *, num_layers, num_kv_heads, head_dim, num_tokens, batch_size, bytes_per_element, weight_bytes, bandwidth
-):
-    cache = _cache_bytes(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_tokens=num_tokens,
-        batch_size=batch_size,
-        bytes_per_element=bytes_per_element,
-    )
+def _step_seconds(*, weight_bytes, cache, bandwidth):
     return decode_step_seconds(weight_bytes=weight_bytes, cache_bytes=cache, bandwidth=bandwidth)
 
 

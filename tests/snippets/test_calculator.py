@@ -1,5 +1,6 @@
 """计算器：公式、数值、脚本用的树来自同一个函数。真值是手算与直接调用函数。"""
 
+import dataclasses
 import json
 import math
 import re
@@ -80,6 +81,17 @@ def test_sums_powers_fractions_and_decimals_survive_the_tree():
         "formulas"
     ]["area"]
     assert value_of(tree, {"width": 3, "height": 4}) == pytest.approx(9 + 4 / 3 + 1.5 - 1, rel=1e-15)
+
+
+def test_a_result_may_use_the_results_before_it():
+    calculator = demo()
+    double = Output("double", "两份", "A_2", "count", lambda *, area, width: 2 * area + width)
+    calculator = dataclasses.replace(calculator, outputs=(*calculator.outputs, double))
+    assert calculator.evaluate(width=5, shape="triangle") == {"area": 10, "double": 25}
+    text = calculator.markdown()
+    assert "A_2=2 A + w" in text
+    (_, tree), *_ = json.loads(re.search(r"<script[^>]*>(.*?)</script>", text)[1])["formulas"]["double"]
+    assert value_of(tree, {"area": 10, "width": 5}) == 25
 
 
 def test_a_function_beyond_arithmetic_is_refused():

@@ -54,6 +54,7 @@
       for (const output of form.querySelectorAll("output")) {
         const row = formulas[output.name].find(([when]) => Object.entries(when).every(([name, value]) => values[name] === value))
         const value = evaluate(row[1], scaled)
+        scaled[output.name] = value // 后面的结果可以用它
         output.dataset.value = value
         output.value = format(value, output.dataset.unit, units)
       }
