@@ -67,7 +67,7 @@ PARAMETERS = Calculator(
     title="参数量：LLaMA 式稠密模型",
     inputs=(LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB),
     choices=(TIE, BIAS),
-    outputs=(Output("num_params", "参数量", r"\Psi", "count", _num_params),),
+    outputs=(Output("num_params", "参数量", "N", "count", _num_params),),
     presets={model: _shape(config) for model, config in DENSE_CONFIGS.items()},
 )
 
@@ -120,12 +120,12 @@ COMPUTE = Calculator(
     title="训练计算量与时间",
     inputs=(
         Input(
-            "num_params", "做矩阵乘的参数 N（十亿）", "N", 7.504924672, 0.01, 2000, is_log=True, scale=10**9
+            "num_params", "做矩阵乘的参数 N（十亿）", "N", 7.504658432, 0.01, 2000, is_log=True, scale=10**9
         ),
         Input("num_tokens", "训练 token 数 D（十亿）", "D", 1000, 1, 50000, is_log=True, scale=10**9),
         LAYERS,
         Input("attention_width", "注意力宽度 Hd", "A", 4096, 256, 32768, is_log=True),
-        Input("sequence_length", "序列长度 S", "S", 8192, 512, 1048576, is_log=True),
+        Input("sequence_length", "序列长度 T", "T", 8192, 512, 1048576, is_log=True),
         Input("num_gpus", "GPU 数", "G", 1024, 1, 65536, is_log=True),
         Input("peak_flops", "单卡峰值（TFLOP/s）", "P", 989, 10, 5000, scale=10**12),
         Input("utilization", "利用率 MFU（%）", "u", 40, 1, 100, scale=0.01),
