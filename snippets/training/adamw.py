@@ -111,7 +111,7 @@ def adamw_step(
 
     $$\theta_t=(1-\eta\lambda)\,\theta_{t-1}-\eta u_t$$
 
-    注意：与 PyTorch 一样乘学习率；论文每步减 $\lambda'\theta$，换算是 $\lambda=\lambda'/\eta$。
+    注意：与 PyTorch 一样乘学习率；论文每步减 $\eta_t\lambda'\theta$（$\eta_t$ 是日程的倍数），$\eta=\eta_t\alpha$，换算是 $\lambda=\lambda'/\alpha$。
 
     Args:
         param: 参数 $\theta_{t-1}$。

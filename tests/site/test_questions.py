@@ -24,8 +24,8 @@ def test_words_filter_titles_answers_tags_and_the_misspelt_headings(visit, base_
 
 def test_section_and_order_are_kept_in_the_address(visit, base_url, topic_pages):
     page = visit("interviews/").page
-    page.get_by_label("章节").select_option("训练")
-    page.get_by_label("顺序").select_option("由难到易")
+    page.locator("select[name=section]").select_option("训练")
+    page.locator("select[name=order]").select_option("由难到易")
     links = shown(page)
     assert sorted(links) == sorted(f"{base_url}{key}/" for key in topic_pages if key.startswith("training/"))
     levels = page.eval_on_selector_all(
