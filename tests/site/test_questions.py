@@ -24,10 +24,10 @@ def test_words_filter_titles_answers_tags_and_the_misspelt_headings(visit, base_
 
 def test_section_and_order_are_kept_in_the_address(visit, base_url, topic_pages):
     page = visit("interviews/").page
-    page.locator("select[name=section]").select_option("训练")
+    page.locator("select[name=section]").select_option("强化学习与对齐")
     page.locator("select[name=order]").select_option("由难到易")
     links = shown(page)
-    assert sorted(links) == sorted(f"{base_url}{key}/" for key in topic_pages if key.startswith("training/"))
+    assert sorted(links) == sorted(f"{base_url}{key}/" for key in topic_pages if key.startswith("rl/"))
     levels = page.eval_on_selector_all(
         ".kb-questions > li:not([hidden])", "items => items.map(i => Number(i.dataset.difficulty))"
     )
