@@ -328,6 +328,15 @@ def test_released_blocks_are_reused():
     assert keys.shape == (1, K, 3, D)
 
 
+def test_release_keeps_the_blocks_that_were_already_free():
+    pool = BlockPool(num_blocks=3, block_size=2, num_kv_heads=K, head_dim=D)
+    cache = PagedKVCache(pool)
+    cache.update(torch.randn(1, K, 3, D), torch.randn(1, K, 3, D))
+    assert len(pool.free) == 1
+    cache.release()
+    assert sorted(pool.free) == [0, 1, 2]
+
+
 def test_quantization_error_is_at_most_half_a_step():
     """误差不超过半格；端点不动；位数加 1，格距约减半；三维以上按最后两维。"""
     x = torch.randn(B, K, 50, D, dtype=torch.float64)

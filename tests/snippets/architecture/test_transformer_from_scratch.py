@@ -283,6 +283,13 @@ def test_cached_logits_equal_the_full_forward(splits):
     torch.testing.assert_close(torch.cat(pieces, dim=1), reference(ids).logits, **FLOAT32)
 
 
+def test_positions_follow_the_cache_of_a_single_layer():
+    model = MiniLlama(vocab_size=V, hidden_size=C, intermediate_size=FF, num_layers=1, num_heads=H)
+    ids, state = token_ids(), [ListCache()]
+    pieces = [model(piece, kv_caches=state) for piece in ids.split(3, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids))
+
+
 def test_wrong_number_of_caches_is_rejected():
     _, model = make_pair()
     with pytest.raises(ValueError):
