@@ -58,15 +58,22 @@ def mutate(module: Path, folder: Path) -> tuple[int, list[tuple[str, str, str]]]
             diff = run(folder, "show", name).stdout
             old = "; ".join(row[1:].strip() for row in diff.splitlines() if re.match(r"-(?!--)", row))
             new = "; ".join(row[1:].strip() for row in diff.splitlines() if re.match(r"\+(?!\+\+)", row))
-            if not only_message(old, new):
+            if not same_meaning(old, new):
                 alive.append((status, old, new))
     return len(rows), alive
 
 
-def only_message(old: str, new: str) -> bool:
-    """只改了给人看的中文消息。"""
-    strip = re.compile(r"\"[^\"]*[\u4e00-\u9fff][^\"]*\"")
-    return strip.search(old) is not None and strip.sub('""', old) == strip.sub('""', new)
+def same_meaning(old: str, new: str) -> bool:
+    """只换了不影响结果的写法：给人看的中文消息、大小写无关的字符串、等于 False 的 None、zip 的 strict。"""
+
+    def normal(text: str) -> str:
+        text = re.sub(r"\"[^\"]*[\u4e00-\u9fff][^\"]*\"", '""', text)
+        text = re.sub(r"(float|einsum)\(\"[^\"]*\"", lambda match: match[0].lower(), text)
+        text = re.sub(r"\.(decode|encode)\((?:\"utf-8\")?(, |\))", r".\1(\2", text, flags=re.I)
+        text = text.replace("bias=None", "bias=False")
+        return re.sub(r",\s*(strict=\w+)?\s*\)", ")", text)
+
+    return normal(old) == normal(new)
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -86,7 +93,11 @@ def main() -> None:
     if not chosen:
         raise SystemExit("没有选中任何模块；写章节名（architecture）或 章节/模块（rl/clip）。")
     text = EQUIVALENTS.read_text(encoding="utf-8").splitlines()
-    known = {tuple(row[:3]) for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row}
+    known = {
+        tuple(row[:3])
+        for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if row and not row[0].startswith("#")
+    }
     seen, failed = set(), 0
     for module in chosen:
         with tempfile.TemporaryDirectory() as folder:
