@@ -188,6 +188,21 @@ def test_activation_equals_autograd_to_the_byte(shape, fused, dropout, dtype):
     assert got == formula(shape, recompute="selective" if fused else "none", **kwargs)
 
 
+def test_transformers_eager_softmax_keeps_six_bytes():
+    """transformers 的 eager 注意力：float32 的 softmax 4 字节，转回 bf16 的 2 字节，是只存一份的三倍。"""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    class Eager(nn.Module):
+        num_key_value_groups = 1
+
+        def forward(self, q, k, v):
+            return eager_attention_forward(self, q, k, v, None, scaling=0.25)[0]
+
+    shape = (2, 3, 40, 16)
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    assert saved_bytes(Eager().train(), q, k, v) - 3 * q.nbytes == 6 * 2 * 3 * 40**2
+
+
 def test_defaults_are_the_paper():
     """默认：不并行、不重算、有 dropout、16 位。"""
     assert formula(SHAPES[0]) == measured(SHAPES[0])
