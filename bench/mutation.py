@@ -64,13 +64,13 @@ def mutate(module: Path, folder: Path) -> tuple[int, list[tuple[str, str, str]]]
 
 
 def same_meaning(old: str, new: str) -> bool:
-    """只换了不影响结果的写法：给人看的中文消息、大小写无关的字符串、等于 False 的 None、zip 的 strict。"""
+    """只换了不影响结果的写法：中文消息、大小写无关的字符串、等于 False 的 None、zip 的 strict、放在哪个设备上。"""
 
     def normal(text: str) -> str:
         text = re.sub(r"\"[^\"]*[\u4e00-\u9fff][^\"]*\"", '""', text)
         text = re.sub(r"(float|einsum)\(\"[^\"]*\"", lambda match: match[0].lower(), text)
         text = re.sub(r"\.(decode|encode)\((?:\"utf-8\")?(, |\))", r".\1(\2", text, flags=re.I)
-        text = text.replace("bias=None", "bias=False")
+        text = re.sub(r"device=[\w.]+", "", text.replace("bias=None", "bias=False"))
         return re.sub(r",\s*(strict=\w+)?\s*\)", ")", text)
 
     return normal(old) == normal(new)
