@@ -39,6 +39,10 @@ def test_every_topic_page_answers_a_heading():
     assert [page for page in pages if not headings_of(headings, page)] == []
 
 
+def test_every_heading_of_the_notes_has_its_page():
+    assert unwritten(read_headings(ROOT / "topics.yml"), ROOT / "docs") == []
+
+
 def test_unwritten_lists_each_missing_topic_once(tmp_path):
     (tmp_path / "rl").mkdir()
     (tmp_path / "rl/dpo.md").write_text("x")
