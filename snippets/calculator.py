@@ -130,8 +130,10 @@ class Calculator:
             },
             ensure_ascii=False,
         )
-        html = [f'<form class="kb-calculator" data-name="{self.name}" data-search-exclude="true">']
-        html.append(f'<script type="application/json">{data.replace("<", chr(92) + "u003c")}</script>')
+        html = [
+            f'<form class="kb-calculator" data-name="{self.name}" data-search-exclude="true"'
+            f' data-formulas="{escape(data)}">'
+        ]
         html.append(f"<p><strong>{escape(self.title)}</strong></p>")
         if self.presets:
             html.append(

@@ -1,6 +1,7 @@
 """计算器：公式、数值、脚本用的树来自同一个函数。真值是手算与直接调用函数。"""
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -23,6 +24,11 @@ def demo(function=area):
         outputs=(Output("area", "面积", "A", "count", function),),
         presets={"宽的": {"width": 9, "shape": "triangle"}},
     )
+
+
+def data_of(text):
+    """页面交给脚本的数据。"""
+    return json.loads(html.unescape(re.search(r'data-formulas="([^"]*)"', text)[1]))
 
 
 def value_of(tree, values):
@@ -59,7 +65,7 @@ def test_page_holds_formulas_values_and_a_tree_that_gives_the_same_numbers():
     text = demo().markdown()
     assert "A=h_0 w" in text and r"A=\frac{h_0 w}{2}" in text and "面积（三角形）" in text
     assert '<output name="area" data-unit="count">12</output>' in text
-    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", text)[1])
+    data = data_of(text)
     for when, tree in data["formulas"]["area"]:
         for width, height in [(1, 2), (7, 11), (2.5, 1024)]:
             expected = area(width=width, height=height, **when)
@@ -77,9 +83,7 @@ def test_sums_powers_fractions_and_decimals_survive_the_tree():
         return width**2 + height / 3 + 0.5 * width - 1
 
     calculator = demo(formula)
-    (_, tree), *_ = json.loads(re.search(r"<script[^>]*>(.*?)</script>", calculator.markdown())[1])[
-        "formulas"
-    ]["area"]
+    (_, tree), *_ = data_of(calculator.markdown())["formulas"]["area"]
     assert value_of(tree, {"width": 3, "height": 4}) == pytest.approx(9 + 4 / 3 + 1.5 - 1, rel=1e-15)
 
 
@@ -90,7 +94,7 @@ def test_a_result_may_use_the_results_before_it():
     assert calculator.evaluate(width=5, shape="triangle") == {"area": 10, "double": 25}
     text = calculator.markdown()
     assert "A_2=2 A + w" in text
-    (_, tree), *_ = json.loads(re.search(r"<script[^>]*>(.*?)</script>", text)[1])["formulas"]["double"]
+    (_, tree), *_ = data_of(text)["formulas"]["double"]
     assert value_of(tree, {"area": 10, "width": 5}) == 25
 
 

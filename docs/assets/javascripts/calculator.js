@@ -33,7 +33,7 @@
   }
 
   for (const form of document.querySelectorAll(".kb-calculator")) {
-    const { units, presets, scales, formulas } = JSON.parse(form.querySelector("script").textContent)
+    const { units, presets, scales, formulas } = JSON.parse(form.dataset.formulas)
     const fields = [...form.querySelectorAll("input[name], select[name]")].filter((field) => field.name !== "preset")
     const preset = form.elements.preset
     const defaults = Object.fromEntries(fields.map((field) => [field.name, field.value]))
