@@ -19,6 +19,7 @@
 # %%
 #| label: setup
 import math
+from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import torch
@@ -185,15 +186,7 @@ Markdown(
 #| echo: fold
 config = DENSE_CONFIGS["Llama-2-7B"]
 embedding = config.vocab_size * config.hidden_size
-total = llama_num_params(
-    vocab_size=config.vocab_size,
-    hidden_size=config.hidden_size,
-    intermediate_size=config.intermediate_size,
-    num_layers=config.num_layers,
-    num_heads=config.num_heads,
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
-)
+total = llama_num_params(**asdict(config))
 layer_params = (total - 2 * embedding - config.hidden_size) // config.num_layers  # 减去最后的归一化
 units = [embedding, *[layer_params] * config.num_layers, embedding]
 bandwidth = dict(dp_size=8, link_bandwidth=300e9)  # 假设：卡间每个方向 300 GB/s，每张卡 PCIe 32 GB/s

@@ -4,6 +4,8 @@
 不包含：流水线并行、卸载、分配器的碎片与通信缓冲；激活是 GPT 块（内宽 4C、GELU）的公式。
 """
 
+from dataclasses import asdict
+
 from snippets.architecture.calculators import HEADS, HIDDEN, LAYERS
 from snippets.architecture.model_configs import DENSE_CONFIGS
 from snippets.architecture.parameter_count import llama_num_params
@@ -58,17 +60,7 @@ def _total(*, states, activations, output):
 def _presets() -> dict[str, dict[str, int | float | str]]:
     rows = {}
     for model, config in DENSE_CONFIGS.items():
-        params = llama_num_params(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            tie_embeddings=config.tie_embeddings,
-            qkv_bias=config.qkv_bias,
-        )
+        params = llama_num_params(**asdict(config))
         rows[model] = {
             "num_params": params / 1e9,
             "num_layers": config.num_layers,
