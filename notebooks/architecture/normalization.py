@@ -91,8 +91,10 @@ first = outputs["先乘增益再转（`F.rms_norm`）"]
 assert torch.equal(first, F.rms_norm(x16, (width,), gain16, 1e-6))
 different = [(y != first).double().mean().item() for y in outputs.values()]
 errors = [(y.double() - exact).abs().mean().item() for y in outputs.values()]
-assert different[0] == 0 and 0.25 < different[1] < 0.27 and 0.36 < different[2] < 0.41
-assert abs(errors[0] - 1.13e-3) < 2e-5 and abs(errors[1] - 1.53e-3) < 2e-5 and 1.9e-3 < errors[2] < 2.1e-3
+assert different[0] == 0 and 0.25 < different[1] < 0.27 and 0.3 < different[2] < 0.5
+assert (
+    abs(errors[0] - 1.13e-3) < 2e-5 and abs(errors[1] - 1.53e-3) < 2e-5 and 1.8e-3 < errors[2] < 2.4e-3
+)  # bf16 求和的次序随机器变
 assert torch.equal(rms_norm(x16, unit), unit * rms_norm(x16, unit))  # 增益为 1 时顺序无所谓
 table(
     [[n, f"{100 * d:.0f}%", f"{1e3 * e:.1f}"] for n, d, e in zip(outputs, different, errors, strict=True)],
