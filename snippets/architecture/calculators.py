@@ -140,19 +140,8 @@ COMPUTE = Calculator(
 )
 
 
-def _cache_bytes(*, num_layers, num_kv_heads, head_dim, num_tokens, batch_size, bytes_per_element):
-    return kv_cache_bytes(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_tokens=num_tokens,
-        batch_size=batch_size,
-        bytes_per_element=bytes_per_element,
-    )
-
-
 def _bytes_per_token(*, num_layers, num_kv_heads, head_dim, bytes_per_element):
-    return _cache_bytes(
+    return kv_cache_bytes(
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -181,7 +170,7 @@ KV_CACHE = Calculator(
     ),
     outputs=(
         Output("per_token", "每个 token", r"\kappa", "bytes", _bytes_per_token),
-        Output("cache", "整批的 KV cache", "M", "bytes", _cache_bytes),
+        Output("cache", "整批的 KV cache", "M", "bytes", kv_cache_bytes),
         Output("step", "解码一步至少", "t", "seconds", _step_seconds),
     ),
     presets={

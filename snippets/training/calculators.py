@@ -43,16 +43,6 @@ def _activations(*, num_layers, batch_size, num_tokens, hidden_size, num_heads, 
     )
 
 
-def _output(*, batch_size, num_tokens, hidden_size, vocab_size, tp_size):
-    return output_bytes(
-        batch_size=batch_size,
-        num_tokens=num_tokens,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        tp_size=tp_size,
-    )
-
-
 def _total(*, states, activations, output):
     return states + activations + output
 
@@ -113,7 +103,7 @@ TRAINING_MEMORY = Calculator(
     outputs=(
         Output("states", "模型状态", "M_1", "bytes", _states),
         Output("activations", "激活", "M_2", "bytes", _activations),
-        Output("output", "输出层", "M_3", "bytes", _output),
+        Output("output", "输出层", "M_3", "bytes", output_bytes),
         Output("total", "合计", "M", "bytes", _total),
     ),
     presets=_presets(),
