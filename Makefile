@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build test check bench mutation lock clean
+.PHONY: help serve build test check bench search-eval mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -26,7 +26,7 @@ export NO_MKDOCS_2_WARNING := 1
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
 help: ## 列出命令
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: $(VENV)/site.stamp node_modules/.package-lock.json ## 安装、执行笔记、建站，在 http://127.0.0.1:8000 打开，改动后自动重建
 	@$(BIN)/python -m mkdocs serve --dev-addr $(or $(ADDR),127.0.0.1:8000)
@@ -46,6 +46,10 @@ check: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
 bench: $(VENV)/test.stamp node_modules/.package-lock.json ## 基准：构建时间、页面字节、与原生做法的比值
 	@$(BIN)/python -m kbsite browser
 	@$(BIN)/python bench/bench.py $(ARGS)
+
+search-eval: $(VENV)/test.stamp build ## 检索评测：质量、字节、按键延迟，与 Material 自带的检索并排；ARGS=--quick 不做 100 倍
+	@$(BIN)/python -m kbsite browser
+	@$(BIN)/python bench/search.py $(ARGS)
 
 mutation: $(VENV)/mutation.stamp ## 变异测试：改坏参考实现，列出测试抓不住的改动；ARGS="rl/clip" 只测一处
 	@$(BIN)/python bench/mutation.py $(ARGS)

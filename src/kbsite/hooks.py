@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,8 +19,13 @@ from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
 from kbsite.math.scan import formulas, replace  # noqa: E402
+from kbsite.notebooks.cache import write_atomically  # noqa: E402
 from kbsite.notebooks.fragments import replace_figures  # noqa: E402
 from kbsite.project import Built, Project, build_notebooks  # noqa: E402
+from kbsite.search.aliases import read_aliases  # noqa: E402
+from kbsite.search.build import build_index, install_worker  # noqa: E402
+from kbsite.search.readable import readable  # noqa: E402
+from kbsite.search.sections import SearchPage, cut  # noqa: E402
 
 log = logging.getLogger("mkdocs.plugins.kbsite")
 
@@ -27,7 +33,7 @@ MATH_FOLDER = "assets/math"
 OFFLINE_WORKER = "assets/javascripts/iframe-worker.js"
 
 # 库的逐页日志会淹没我们自己的输出
-for _name in ("mkdocs.plugins.mkdocs_jupyter", "mkdocs.mkdocs-jupyter", "jieba"):
+for _name in ("mkdocs.plugins.mkdocs_jupyter", "mkdocs.mkdocs-jupyter"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
@@ -39,7 +45,7 @@ class _Build:
         self.built = built
         self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
         self.math = MathJax(project.node_modules, project.cache / "math.json")
-        self.held = pages.Held()
+        self.search_pages: list[SearchPage] = []
         self.used_labels: set[str] = set()
         self.math_errors: list[str] = []
         file = project.root / "topics.yml"
@@ -135,7 +141,17 @@ def on_page_content(html, page, config, files):
             _build.math_errors.append(
                 f"{_locate(page, formula.tex)}: 公式排不出来：{error}。公式是 {formula.tex!r}。"
             )
-    return _build.held.take(html)
+    html = pages.name_questions(html)
+    search = page.meta.get("search") or {}
+    if not search.get("exclude"):
+        text = replace(html, lambda formula: escape(readable(_build.math.typeset(formula))))
+        title = page.meta.get("title", page.title)
+        _build.search_pages.append(
+            SearchPage(page.url, title, page.meta.get("tags") or [], search.get("boost", 1), cut(text, title))
+        )
+    # 主题的索引不要：我们有自己的
+    page.meta["search"] = {"exclude": True}
+    return html
 
 
 def on_env(env, config, files):
@@ -146,14 +162,15 @@ def on_env(env, config, files):
         log.warning(message)
 
 
-@event_priority(-100)  # 最后：搜索索引已经取走了正文，换进来的 SVG 与排好的公式不会进索引
+@event_priority(-100)
 def on_post_page(output, page, config):
-    """换上图、排好的公式，放回代码。"""
-    return _build.held.restore(replace(replace_figures(output, _build.built.figures), _build.math.typeset))
+    """换上图与排好的公式。"""
+    return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
 
 
 def on_post_build(config):
-    """写全站一份的公式样式与字体。"""
+    """写全站一份的公式样式与字体，建检索索引。"""
+    _write_search(Path(config.site_dir))
     site = Path(config.site_dir) / MATH_FOLDER
     css = _build.math.stylesheet()
     fonts = _build.math.fonts(css)
@@ -167,6 +184,19 @@ def on_post_build(config):
     _build.math.close()
     if _build.math.typeset_count:
         log.info("公式：新排 %d 个。", _build.math.typeset_count)
+
+
+def _write_search(site: Path):
+    terms = _build.project.root / "docs/about/terms.md"
+    aliases = read_aliases(terms.read_text(encoding="utf-8")) if terms.is_file() else []
+    pages = sorted(_build.search_pages, key=lambda page: page.url)
+    try:
+        source = build_index(pages, aliases, site / "search", offline=_offline())
+        install_worker(site)
+    except KbsiteError as error:
+        raise PluginError(str(error)) from None
+    # 评测（bench/search.py）拿同一份正文建别的索引
+    write_atomically(_build.project.cache / "search.json", source)
 
 
 def on_build_error(error):

@@ -1,5 +1,6 @@
 """页面的 Markdown 与 HTML：一句话回答、嵌入的检查、页尾的笔记链接、笔记页的修补。"""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from html import escape
@@ -96,27 +97,22 @@ def footer(key: str, origins: list[str], has_notebook: bool, has_snippet: bool) 
     return "\n\n---\n\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
-class Held:
-    """暂存的代码块：正文交给搜索索引时不带代码，成页时放回去。
+def name_questions(html: str) -> str:
+    """给每个追问（`details.question`）一个 id：搜索的结果、别人的链接能直接落到这一问上，主题会把它打开。
 
-    代码比正文多，又很少是人要找的；搜索插件逐个标签地读，高亮过的代码还会占去它大半时间。
+    id 由题目的文字算出，次序变了也不变；只用 ASCII，主题不认地址里转码过的汉字。
     """
+    seen: dict[str, int] = {}
 
-    def __init__(self):
-        self._blocks: list[str] = []
+    def name(match: re.Match) -> str:
+        text = re.sub(r"<[^>]+>|\s", "", match[1])
+        anchor = "q-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        seen[anchor] = seen.get(anchor, 0) + 1
+        if seen[anchor] > 1:
+            anchor += f"-{seen[anchor]}"
+        return f'<details class="question" id="{anchor}">{match[1]}'
 
-    def take(self, html: str) -> str:
-        """取走每个 `<pre>`，留下占位。"""
-        html = html.replace('<details class="code">', '<details class="code" data-search-exclude>')
-        return re.sub(r"<pre\b.*?</pre>", self._store, html, flags=re.S)
-
-    def restore(self, html: str) -> str:
-        """放回。"""
-        return re.sub(r"<kb-held n=\"(\d+)\"></kb-held>", lambda match: self._blocks[int(match[1])], html)
-
-    def _store(self, match: re.Match) -> str:
-        self._blocks.append(match[0])
-        return f'<kb-held n="{len(self._blocks) - 1}"></kb-held>'
+    return re.sub(r'<details class="question">(\s*<summary>.*?</summary>)', name, html, flags=re.S)
 
 
 def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict]]:

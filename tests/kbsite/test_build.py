@@ -164,16 +164,6 @@ def test_notebook_page_is_light_has_chinese_anchors_and_a_download(project):
     assert downloaded["cells"][2]["outputs"]
 
 
-def test_search_index_has_prose_but_no_code_figures_or_notebooks(project):
-    assert demo(project).build("--strict").returncode == 0
-    index = (project.root / "site/search/search_index.json").read_text(encoding="utf-8")
-    docs = json.loads(index)["docs"]
-    text = " ".join(doc["title"] + doc["text"] for doc in docs).replace("\u200b", "")  # 分词处插有零宽空格
-    assert "各处的公式" in text and "一条直线" in text and "错别子" in text
-    assert "subplots" not in text and "not_math_either" not in text and "mjx" not in text
-    assert not [doc for doc in docs if doc["location"].startswith("notebooks/")]
-
-
 @pytest.mark.parametrize(
     ("page", "message"),
     [

@@ -1,8 +1,9 @@
 // 主题在每次打开页面时就下载整个搜索索引，它比页面本身还大。这里把那一个请求推迟到搜索框得到焦点
-// （或地址里带着查询）的时候；别的请求不受影响。
+// （或地址里带着查询、要加亮的词）的时候；别的请求不受影响。
 ;(() => {
   const wanted = new Promise((resolve) => {
-    if (new URLSearchParams(location.search).has("q")) resolve()
+    const address = new URLSearchParams(location.search)
+    if (address.has("q") || address.has("h")) resolve()
     addEventListener("focusin", (event) => {
       if (event.target.matches("[data-md-component=search-query]")) resolve()
     })
