@@ -36,7 +36,7 @@ READY_SECONDS = 240
 # 记下按键与结果列表变化的时刻
 CLOCK = """
 let typed = ""
-addEventListener("keyup", ({target}) => {
+addEventListener("input", ({target}) => {
   if (target.value === undefined || target.value === typed) return
   typed = target.value
   window.__key = performance.now()
@@ -170,12 +170,9 @@ def ask(page, query):
     """逐键输入；返回（结果里各页的地址，最后一键到结果的毫秒）。"""
     box = page.locator(BOX)
     box.fill("")
-    page.keyboard.press("Shift")
     page.wait_for_timeout(60)
     for character in query:
         page.keyboard.type(character)
-        if not character.isascii():
-            page.keyboard.press("Shift")  # 汉字经由输入法进来，补一个按键事件
     page.wait_for_function("window.__shown > 0 && performance.now() - window.__changed > 120")
     links = page.eval_on_selector_all(
         ".md-search-result__item > .md-search-result__link",

@@ -16,9 +16,7 @@ def search(page, query):
     box = page.locator("[data-md-component=search-query]")
     box.fill("")
     box.click()
-    page.keyboard.press("Shift")
-    page.keyboard.type(query)
-    page.keyboard.press("Shift")  # 汉字经由输入法进来，补一个按键事件
+    page.keyboard.type(query)  # 汉字不是按键打出来的，只有 input 事件，与手机的输入法一样
     page.wait_for_timeout(300)
     page.wait_for_function("document.querySelector('.md-search-result__meta').textContent.match(/\\d|没有/)")
     addresses = page.eval_on_selector_all(LINKS, "links => links.map(a => a.href)")
