@@ -2,9 +2,11 @@
 
 import logging
 import os
+import posixpath
 import sys
 from html import escape
 from pathlib import Path
+from urllib.parse import urljoin
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -12,9 +14,10 @@ from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.plugins import event_priority  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
+from mkdocs.utils import get_relative_url  # noqa: E402
 from mkdocs.utils.meta import get_data  # noqa: E402
 
-from kbsite import pages, questions, topics  # noqa: E402
+from kbsite import machine, pages, questions, topics, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -48,6 +51,9 @@ class _Build:
         self.search_pages: list[SearchPage] = []
         self.used_labels: set[str] = set()
         self.math_errors: list[str] = []
+        self.formulas = 0
+        self.questions: list[questions.Question] = []
+        self.machine: dict[str, str] = {}
         file = project.root / "topics.yml"
         self.headings = topics.read_headings(file) if file.is_file() else []
 
@@ -88,7 +94,7 @@ def on_pre_build(config):
 
 @event_priority(100)  # 在 mkdocs-jupyter 之前：它在 on_files 里认领 .ipynb
 def on_files(files, config):
-    """把执行过的笔记放进站点。"""
+    """把执行过的笔记放进站点；题目在这里读好，页面才能互相引用。"""
     if _offline():
         script = _build.project.node_modules / "iframe-worker/shim/index.js"
         files.append(File.generated(config, OFFLINE_WORKER, abs_src_path=str(script)))
@@ -102,6 +108,7 @@ def on_files(files, config):
                 config.use_directory_urls,
             )
         )
+    _build.questions = list(_questions(config, files))
     return files
 
 
@@ -112,14 +119,24 @@ def on_page_markdown(markdown, page, config, files):
         source = page.file.content_string  # 含 front matter，行号才对
         _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
         markdown = pages.fill_answer(markdown, page.meta, path)
-        markdown = questions.fill_questions(markdown, _questions(config, files), page.file.src_uri)
+        markdown = questions.fill_questions(markdown, _build.questions, page.file.src_uri)
+        markdown = verification.fill_verification(
+            markdown, page.file.src_uri, _build.project.root, _build.notebooks.values(), _build.questions
+        )
     except KbsiteError as error:
         raise PluginError(str(error)) from None
     key = page.file.src_uri.removesuffix(".md")
     origins = topics.headings_of(_build.headings, key)
     snippet = _build.project.root / "snippets" / f"{key.replace('-', '_')}.py"
     has_api = (_build.project.root / "docs/api" / f"{key.partition('/')[0]}.md").is_file()
-    return markdown + pages.footer(key, origins, key in _build.notebooks, has_api and snippet.is_file())
+    markdown += pages.footer(key, origins, key in _build.notebooks, has_api and snippet.is_file())
+    if "answer" in page.meta and not _offline():
+        base = machine.markdown_url(page.file.url)
+        expand = machine.snippet_expander(config.mdx_configs["pymdownx.snippets"])
+        _build.machine[base] = machine.page_markdown(
+            source, markdown, expand, lambda target: _machine_link(target, page.file, files, config)
+        )
+    return markdown
 
 
 def on_page_content(html, page, config, files):
@@ -135,6 +152,7 @@ def on_page_content(html, page, config, files):
         notebook = _build.notebooks[key]
         page.edit_url = _edit_url(config, notebook.path.relative_to(_build.project.root).as_posix())
     for formula in formulas(html):
+        _build.formulas += 1
         try:
             _build.math.typeset(formula)
         except MathRenderError as error:
@@ -155,11 +173,23 @@ def on_page_content(html, page, config, files):
 
 
 def on_env(env, config, files):
-    """所有页面都已成形、还没有写出任何文件：在这里报错，不会留下半个站点。"""
+    """所有页面都已成形、还没有写出任何文件：在这里报错，不会留下半个站点；公式的总数也到这时才知道。"""
     if _build.math_errors:
         raise PluginError("\n".join(_build.math_errors))
+    for file in files.documentation_pages():
+        file.page.content = file.page.content.replace(verification.FORMULAS, str(_build.formulas))
+    if not _offline():  # 离线版没有会来取它们的机器
+        _build.machine["llms.txt"] = _llms_txt(config, files)
     for message in pages.unused_labels(_build.notebooks.values(), _build.used_labels):
         log.warning(message)
+
+
+def on_page_context(context, page, config, nav):
+    """专题页的页头：Markdown 的地址与 JSON-LD，由 overrides/main.html 放进去。"""
+    if "answer" in page.meta and not _offline():
+        alternate = posixpath.basename(machine.markdown_url(page.file.url))
+        context["machine_head"] = machine.head(page.title, page.meta, page.canonical_url, alternate)
+    return context
 
 
 @event_priority(-100)
@@ -169,8 +199,12 @@ def on_post_page(output, page, config):
 
 
 def on_post_build(config):
-    """写全站一份的公式样式与字体，建检索索引。"""
+    """写全站一份的公式样式与字体、检索索引、给机器读的文件。"""
     _write_search(Path(config.site_dir))
+    for name, text in _build.machine.items():
+        path = Path(config.site_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     site = Path(config.site_dir) / MATH_FOLDER
     css = _build.math.stylesheet()
     fonts = _build.math.fonts(css)
@@ -205,20 +239,63 @@ def on_build_error(error):
         _build.math.close()
 
 
-def _questions(config, files):
-    """导航里有一句话回答的页面，按导航的顺序。"""
+def _nav_pages(config, files):
+    """导航里各节的页面：（节名、文件、front matter），按导航的顺序。"""
     for section in config.nav or []:
         for name, entries in section.items() if isinstance(section, dict) else ():
             for entry in entries if isinstance(entries, list) else ():
                 file = files.get_file_from_path(entry) if isinstance(entry, str) else None
-                _, meta = get_data(file.content_string) if file else ("", {})
-                if "answer" not in meta:
-                    continue
-                key = entry.removesuffix(".md")
-                words = (*meta.get("tags", ()), *topics.headings_of(_build.headings, key))
-                yield questions.Question(
-                    key, meta["title"], name, meta.get("difficulty", 0), str(meta["answer"]).strip(), words
-                )
+                if file:
+                    yield name, file, get_data(file.content_string)[1]
+
+
+def _questions(config, files):
+    """导航里有一句话回答的页面。"""
+    for name, file, meta in _nav_pages(config, files):
+        if "answer" in meta:
+            key = file.src_uri.removesuffix(".md")
+            yield questions.Question(
+                key,
+                meta["title"],
+                name,
+                meta.get("difficulty", 0),
+                str(meta["answer"]).strip(),
+                (*meta.get("tags", ()), *topics.headings_of(_build.headings, key)),
+                str(meta.get("verified", "")),
+            )
+
+
+def _address(config, url: str, base: str) -> str:
+    """站内地址：知道部署在哪里就写全，否则相对 `base`。"""
+    return urljoin(config.site_url, url) if config.site_url else get_relative_url(url, base)
+
+
+def _machine_link(target: str, origin: File, files, config) -> str:
+    """一页的 Markdown 里的站内链接：专题页指向它的 Markdown，别的指向网页。"""
+    file = files.get_file_from_path(
+        posixpath.normpath(posixpath.join(posixpath.dirname(origin.src_uri), target))
+    )
+    if file is None:
+        return target
+    is_topic = file.src_uri.removesuffix(".md") in {question.key for question in _build.questions}
+    url = machine.markdown_url(file.url) if is_topic else file.url
+    return _address(config, url, machine.markdown_url(origin.url))
+
+
+def _llms_txt(config, files) -> str:
+    """各节的专题页指向 Markdown；没有一句话回答的页面（目录、API、关于）列在 Optional，指向网页。"""
+    sections, others = {}, []
+    for name, file, meta in _nav_pages(config, files):
+        title = meta.get("title", name)
+        if "answer" in meta:
+            url = _address(config, machine.markdown_url(file.url), "llms.txt")
+            sections.setdefault(name, []).append((title, url, str(meta["answer"]).strip()))
+        else:
+            others.append((title, _address(config, file.url, "llms.txt"), meta.get("description", "")))
+    note = "每个链接是一页的完整 Markdown：公式是 TeX，代码与输出来自执行过的笔记，图换成图注。"
+    return machine.llms_txt(
+        config.site_name, config.site_description or "", note, sections | {"Optional": others}
+    )
 
 
 def _edit_url(config, path: str) -> str | None:

@@ -11,7 +11,7 @@ LIST = re.compile(r"^\{\{ questions \}\}[ \t]*$", re.M)
 
 @dataclass(frozen=True)
 class Question:
-    """一个专题页在索引里的一条；`words` 是另外可以用来筛选的词（标签、笔记原标题）。"""
+    """一个专题页在索引里的一条；`words` 是另外可以用来筛选的词（标签、笔记原标题），`verified` 是核对的日期。"""
 
     key: str
     title: str
@@ -19,6 +19,7 @@ class Question:
     difficulty: int
     answer: str
     words: tuple[str, ...]
+    verified: str = ""
 
 
 def fill_questions(markdown: str, questions: Iterable[Question], page: str) -> str:

@@ -52,7 +52,7 @@ def main() -> None:
     except ValueError:
         refused = True
     result = {
-        "tiktoken": version("tiktoken"),
+        "versions": {"tiktoken": version("tiktoken")},
         "merges": split,
         "texts": TEXTS,
         "tokens": [

@@ -475,6 +475,7 @@ def test_the_template_of_the_wrong_versions_is_right(num_kv_heads):
     torch.testing.assert_close(template(q, k, v), loop_gqa(q, k, v))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_VERSIONS)
 def test_wrong_version_is_rejected(name):
     q, k, v = make_qkv()
@@ -502,6 +503,7 @@ def test_modulo_mapping_is_a_permutation_of_the_query_heads():
     torch.testing.assert_close(template(q, k, v, order="modulo")[:, order], truth)
 
 
+@pytest.mark.rejects
 def test_view_straight_into_heads_is_rejected():
     """直接 view 成 (B, H, T, D)：形状对，头里却混进别的位置，于是漏看未来。"""
     x = torch.randn(B, T, H * D)
@@ -519,6 +521,7 @@ def test_view_straight_into_heads_is_rejected():
     assert torch.equal(wrong[:, 0, 1], x[:, 0, D : 2 * D])
 
 
+@pytest.mark.rejects
 def test_inverted_boolean_mask_is_rejected():
     """把 MultiheadAttention 的「True 是挡住」直接交给 SDPA，看见的恰是该挡的。"""
     q, k, v = make_qkv(num_kv_heads=H, num_queries=S, num_keys=S)

@@ -474,6 +474,7 @@ def test_the_template_of_the_wrong_versions_is_right():
     torch.testing.assert_close(wrong_attention(q, k, v), loop_attention(q, k, v, scale=D**-0.5, causal=True))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_VERSIONS)
 def test_wrong_version_is_rejected(name):
     q, k, v = make_qkv()
@@ -482,6 +483,7 @@ def test_wrong_version_is_rejected(name):
     assert (wrong_attention(q, k, v, **WRONG_VERSIONS[name]) - truth).abs().max() > 0.05
 
 
+@pytest.mark.rejects
 def test_softmax_without_max_subtraction_is_rejected():
     """打分 8000 与 7992：不减最大值时，三种缩放在 float32 里都得到 NaN。"""
     raw = torch.tensor([8000.0, 7992.0])
@@ -491,6 +493,7 @@ def test_softmax_without_max_subtraction_is_rejected():
         torch.testing.assert_close(stable_softmax(raw * scale)[0].item(), 1 / (1 + math.exp(-gap)))
 
 
+@pytest.mark.rejects
 def test_diagonal_jacobian_is_rejected():
     """只写 diag(p(1-p))（把 softmax 当成逐元素的 sigmoid）丢掉了非对角项。"""
     scores = torch.randn(S, dtype=torch.float64)
@@ -500,6 +503,7 @@ def test_diagonal_jacobian_is_rejected():
     assert (torch.diag(p * (1 - p)) - truth).abs().max() > 0.02
 
 
+@pytest.mark.rejects
 def test_qk_norm_without_the_scale_is_rejected():
     """归一化后的向量长 √D，不是 1：去掉 1/√D，同向的打分是 D 而不是 √D。"""
     q, k, _ = make_qkv()

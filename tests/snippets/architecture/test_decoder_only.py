@@ -212,6 +212,7 @@ def test_log_det_refuses_a_matrix_that_is_not_causal():
 # 被拒绝的说法与写法
 
 
+@pytest.mark.rejects
 def test_determinant_does_not_imply_conditioning():
     """「行列式为正，所以满秩、条件好」：256 个 token、打分标准差 1 的因果矩阵行列式为正，
     奇异值之比却到了 float64 的舍入以下；行列式大小也不排条件数的序。"""
@@ -230,6 +231,7 @@ def test_determinant_does_not_imply_conditioning():
     assert effective_rank(both) > effective_rank(peaked) + 30
 
 
+@pytest.mark.rejects
 def test_full_rank_attention_does_not_lift_the_rank_of_the_head_output():
     """rank(AV) 不超过每头维数，A 是单位矩阵也一样。"""
     value = torch.randn(T, 3, dtype=torch.float64)
@@ -237,6 +239,7 @@ def test_full_rank_attention_does_not_lift_the_rank_of_the_head_output():
         assert torch.linalg.matrix_rank(a) == T and torch.linalg.matrix_rank(a @ value) == 3
 
 
+@pytest.mark.rejects
 def test_one_causal_layer_does_not_encode_order_for_the_last_token():
     """「因果注意力自带位置编码」：没有位置编码的 GPT-2，一层时打乱前缀，末位输出不变；两层才变。"""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
@@ -248,6 +251,7 @@ def test_one_causal_layer_does_not_encode_order_for_the_last_token():
     assert change[2] > 0.01
 
 
+@pytest.mark.rejects
 def test_a_strictly_lower_mask_is_rejected():
     """掩码少看一个（不看自己）：对角线是 0，行列式是 0，对数是负无穷；首行没有可看的，补回自己。"""
     wrong = torch.ones(T, T).tril(-1).bool()
@@ -258,6 +262,7 @@ def test_a_strictly_lower_mask_is_rejected():
     assert not wrong.equal(prefix_lm_mask(num_tokens=T))
 
 
+@pytest.mark.rejects
 def test_a_mask_that_sees_one_ahead_is_rejected():
     a = attention_matrix(unit_scores(T), torch.ones(T, T).tril(1).bool())
     with pytest.raises(ValueError, match="不是因果注意力"):
@@ -272,6 +277,7 @@ WRONG_MASKS = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_MASKS)
 def test_wrong_prefix_mask_is_rejected(name):
     causal = torch.ones(T, T).tril().bool()
@@ -280,6 +286,7 @@ def test_wrong_prefix_mask_is_rejected(name):
     assert not WRONG_MASKS[name](causal, 3).equal(truth)
 
 
+@pytest.mark.rejects
 def test_wrong_effective_ranks_are_rejected():
     """用 σ² 归一（参与比的写法），或熵以 2 为底再取 e 的指数：都不是 4/3^¾。"""
     sigma = torch.tensor([3.0, 1.0], dtype=torch.float64)

@@ -379,6 +379,7 @@ def test_template_of_the_wrong_versions_is_right():
     assert wrong_info_nce(q, d, temperature=0.3).item() == pytest.approx(truth, rel=1e-12)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_info_nce_is_rejected(name):
     q, d = vectors()
@@ -387,6 +388,7 @@ def test_wrong_info_nce_is_rejected(name):
     assert abs(wrong_info_nce(q, d, temperature=0.3, **WRONG[name]).item() - truth) > 0.05
 
 
+@pytest.mark.rejects
 def test_denominator_without_the_positive_is_rejected():
     """分母漏掉正例（decoupled 的写法）会得到负的损失；InfoNCE 不会小于 0。"""
     eye = torch.eye(B, dtype=torch.float64)
@@ -396,6 +398,7 @@ def test_denominator_without_the_positive_is_rejected():
     assert 0 <= info_nce(eye, eye) < 1e-6
 
 
+@pytest.mark.rejects
 def test_wrong_symmetric_losses_are_rejected():
     q, d = vectors()
     d, tau = d[:B], 0.3
@@ -413,6 +416,7 @@ def test_wrong_symmetric_losses_are_rejected():
         assert abs(value.item() - truth) > 0.01, name
 
 
+@pytest.mark.rejects
 def test_mean_cosine_with_the_diagonal_is_rejected():
     x = vectors()[1]
     with_self = F.cosine_similarity(x[:, None], x[None], dim=-1).mean()

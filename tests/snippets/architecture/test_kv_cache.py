@@ -420,6 +420,7 @@ class CropsTheFront(KVCache):
         self.keys, self.values = self.keys[:, :, -length:], self.values[:, :, -length:]
 
 
+@pytest.mark.rejects
 def test_wrong_axis_is_rejected(model, input_ids):
     expected = full(model, input_ids)
     with pytest.raises((RuntimeError, TypeError)):  # 批的轴对不上
@@ -431,6 +432,7 @@ def test_wrong_axis_is_rejected(model, input_ids):
     torch.testing.assert_close(run(model, input_ids, [1] * S, caches()), expected)
 
 
+@pytest.mark.rejects
 def test_prepending_is_hidden_by_single_token_decoding(model, input_ids):
     """接在前面：逐 token 解码时键的顺序不影响注意力，看不出来；分块预填充的掩码才会出错。"""
     expected = full(model, input_ids)
@@ -438,11 +440,13 @@ def test_prepending_is_hidden_by_single_token_decoding(model, input_ids):
     assert (run(model, input_ids, [4, 4, 3], caches(Prepends)) - expected)[:, 4:].abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_forgetting_is_rejected(model, input_ids):
     error = (run(model, input_ids, [4, 4, 3], caches(ForgetsOld)) - full(model, input_ids)).abs()
     assert error[:, :4].max() < 1e-10 and error[:, 4:].max() > 0.1
 
 
+@pytest.mark.rejects
 def test_cropping_the_wrong_side_is_rejected(model, input_ids):
     kv_caches = caches(CropsTheFront)
     run(model, input_ids[:, :8], [8], kv_caches)
@@ -452,6 +456,7 @@ def test_cropping_the_wrong_side_is_rejected(model, input_ids):
     assert (got - full(model, input_ids)[:, 5:]).abs().max() > 0.1
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("start", ["zero", "off-by-one"])
 def test_position_offset_error_is_rejected(model, input_ids, start):
     """解码时位置从 0 数起，或比缓存长度大 1。"""
@@ -471,6 +476,7 @@ def test_offset_error_is_hidden_when_shared_by_all_positions(model, input_ids):
     torch.testing.assert_close(got, full(model, input_ids))
 
 
+@pytest.mark.rejects
 def test_top_left_mask_is_rejected_in_decode():
     """SDPA 的 is_causal 是左上角对齐：T=1 时新 token 只看得见第 0 个 key，输出恰是第 0 个 value。"""
     q, k, v = torch.randn(B, H, 1, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
@@ -481,6 +487,7 @@ def test_top_left_mask_is_rejected_in_decode():
     assert (wrong - ours).abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_caching_before_rope_needs_the_old_positions():
     """存旋转之前的键也行，但每步要按各自的旧位置重新旋转全部；按新位置转就错。"""
     torch.manual_seed(3)
@@ -517,6 +524,7 @@ def test_caching_before_rope_needs_the_old_positions():
     assert (last(everything_at_the_new_position) - expected).abs().max() > 0.01
 
 
+@pytest.mark.rejects
 def test_window_positions_must_keep_counting(model, input_ids):
     """滑动窗口若拿存着的个数当位置，出窗之后就错。"""
 
@@ -533,6 +541,7 @@ def test_window_positions_must_keep_counting(model, input_ids):
     assert (wrong - right)[:, 4:].abs().max() > 0.1
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", ["按查询头数", "忘了乘 2", "忘了批", "按 4 字节"])
 def test_wrong_sizes_are_rejected(model, input_ids, wrong):
     """真值是真的缓存的 nbytes。"""

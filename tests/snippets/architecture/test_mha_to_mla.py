@@ -433,6 +433,7 @@ def wrong_value_not_lifted_per_head(q_nope, q_rope, latent, k_rope, k_up, v_up):
     return mla_absorbed(q_nope, q_rope, latent, k_rope, k_up[:1].expand_as(k_up), v_up[:1].expand_as(v_up))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [wrong_scale_576, wrong_scale_nope_only, wrong_latent_only, wrong_value_not_lifted_per_head],
@@ -444,6 +445,7 @@ def test_wrong_versions_are_rejected(wrong):
     assert (wrong(*inputs) - truth).abs().max() > 0.05
 
 
+@pytest.mark.rejects
 def test_a_rotary_key_per_head_is_rejected():
     """每个头一份旋转键：缓存是 DC + H·DR，权重的形状也装不进 transformers 的模块。"""
     theirs = DeepseekV3Attention(hf_dims(DeepseekV3Config), layer_idx=0)
@@ -452,6 +454,7 @@ def test_a_rotary_key_per_head_is_rejected():
     assert mla_cache_elements(latent_dim=512, rope_dim=128 * 64) == 8704  # 576 的 15.1 倍
 
 
+@pytest.mark.rejects
 def test_caching_before_the_norm_is_rejected():
     """缓存归一化之前的潜向量、却拿归一化之后的权重去吸收：结果不同。"""
     layer, x = make_layer(), torch.randn(B, S, C, dtype=torch.float64)
@@ -462,6 +465,7 @@ def test_caching_before_the_norm_is_rejected():
     torch.testing.assert_close(layer(x, cos_sin=angles(0, S)), truth)
 
 
+@pytest.mark.rejects
 def test_the_other_rope_pairing_is_rejected(monkeypatch):
     """权重按相邻两维配对训练；拿去做前后配对的旋转，结果不同。"""
     layer, x = make_layer(), torch.randn(B, S, C, dtype=torch.float64)

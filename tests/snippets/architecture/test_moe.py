@@ -477,6 +477,7 @@ def test_huge_logits_stay_finite():
 # 被拒绝的错误写法
 
 
+@pytest.mark.rejects
 def test_count_only_balance_loss_is_rejected():
     """只用计数写 E Σ f_i²：平衡时也是 1，塌缩时也是 E，却没有梯度，训练里什么也不做。"""
     logits = normal(N, E).requires_grad_()
@@ -487,6 +488,7 @@ def test_count_only_balance_loss_is_rejected():
     assert torch.autograd.grad(ours, logits)[0].abs().max() > 1e-3
 
 
+@pytest.mark.rejects
 def test_balance_loss_not_divided_by_k_is_rejected():
     selected = torch.tensor([[0, 1], [1, 2], [2, 0]])
     probs = torch.full((3, 3), 1 / 3, dtype=torch.float64)
@@ -495,6 +497,7 @@ def test_balance_loss_not_divided_by_k_is_rejected():
     assert load_balancing_loss(probs, selected).item() == pytest.approx(1.0)
 
 
+@pytest.mark.rejects
 def test_bias_inside_the_weights_is_rejected():
     """真值是 DeepSeek-V3 的路由器：权重不含偏置。"""
     torch.manual_seed(7)
@@ -509,6 +512,7 @@ def test_bias_inside_the_weights_is_rejected():
     torch.testing.assert_close(mine, truth)
 
 
+@pytest.mark.rejects
 def test_second_softmax_over_probabilities_is_rejected():
     """对选中的概率再做一次 softmax（而不是除以它们的和）：权重被抹平。"""
     logits = 3 * normal(N, E)
@@ -518,6 +522,7 @@ def test_second_softmax_over_probabilities_is_rejected():
     torch.testing.assert_close(softmax_top_k_routing(logits, top_k=K)[0], truth)
 
 
+@pytest.mark.rejects
 def test_reversed_bias_update_is_rejected():
     """符号反了：过载的专家越来越热。"""
     skew, bias, wrong = torch.tensor([0.5, 0.0, -0.5]), torch.zeros(3), torch.zeros(3)

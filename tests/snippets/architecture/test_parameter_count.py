@@ -428,6 +428,7 @@ WRONG_COUNTS = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_COUNTS)
 def test_wrong_count_is_rejected(name):
     model, wrong = WRONG_COUNTS[name]
@@ -435,6 +436,7 @@ def test_wrong_count_is_rejected(name):
     assert abs(llama_num_params(**asdict(wrong)) - truth) >= 28 * (28 + 2 * 4) * 128  # 最小的差是偏置
 
 
+@pytest.mark.rejects
 def test_twelve_l_h_squared_is_rejected():
     """GPT-2 的矩阵恰是 12LC²；Llama-2-7B 少 4.4%，不含两张表时少 0.52%；Llama-3-8B 少 20%。"""
     model = meta_model(GPT2Config())
@@ -447,6 +449,7 @@ def test_twelve_l_h_squared_is_rejected():
     assert 1 - 12 * 32 * 4096**2 / body == pytest.approx(0.0052, abs=5e-5)
 
 
+@pytest.mark.rejects
 def test_multiplying_the_name_of_a_moe_is_rejected():
     """8×7B 不是 56B，激活也不是 2×7B：注意力与词表只有一份。"""
     total, active = mixtral()
@@ -456,6 +459,7 @@ def test_multiplying_the_name_of_a_moe_is_rejected():
     assert 8 * 7_241_732_096 - total == 7 * (7_241_732_096 - 32 * 3 * 4096 * 14336) - 32 * 8 * 4096
 
 
+@pytest.mark.rejects
 def test_backward_equal_to_forward_is_rejected():
     """4ND（反向与前向等价）：真的数一遍，反向是前向的 2 倍。"""
     model, ids = tiny_model(), torch.randint(97, (2, 3))

@@ -464,6 +464,7 @@ NOT_RELATIVE = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", NOT_RELATIVE)
 def test_the_strong_check_rejects(name):
     assert not strong_check(NOT_RELATIVE[name])
@@ -485,6 +486,7 @@ WRONG_ANGLES = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_ANGLES)
 def test_wrong_angles_are_relative_but_not_rope(name):
     """这些写法仍只依赖相对位置，两种相对性检查都放过；只有与复数真值逐元素比较才能拒绝。"""
@@ -502,6 +504,7 @@ def test_wrong_angles_are_relative_but_not_rope(name):
     assert abs(wrong(x, y, 9, 2) - (truth[0] @ truth[1]).item()) > 0.02
 
 
+@pytest.mark.rejects
 def test_rotating_v_leaks_absolute_positions():
     """q、k 都正确，再把 v 也转：所有位置平移 50，输出就变；不转 v 则不变。"""
     generator = torch.Generator().manual_seed(4)
@@ -517,6 +520,7 @@ def test_rotating_v_leaks_absolute_positions():
     assert (attention(50, rotate_v=True) - attention(0, rotate_v=True)).abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_linear_interpolation_is_not_ntk():
     """把 PI 当成 NTK：最快的平面也被除以 s；NTK 的最快平面不动。"""
     expected, _ = library_frequencies("dynamic", factor=1.0, seq_len=4 * 4096)
@@ -526,6 +530,7 @@ def test_linear_interpolation_is_not_ntk():
     assert expected[-1].item() == pytest.approx(pi[-1].item(), rel=2e-6)  # 只在最慢的平面上相同
 
 
+@pytest.mark.rejects
 def test_other_wrong_scalings_are_rejected():
     """底数乘 s 而不是 s^{D/(D-2)}；YaRN 的斜坡反过来；mscale 写成 1/(0.1 ln s + 1) 或它的平方根。"""
     truth, factor = library_frequencies("yarn", factor=4.0, original_max_position_embeddings=4096)
@@ -539,6 +544,7 @@ def test_other_wrong_scalings_are_rejected():
         assert abs(wrong - yarn_attention_factor(factor=4.0)) > 0.05
 
 
+@pytest.mark.rejects
 def test_bfloat16_positions_collapse():
     """bfloat16 只有 8 个二进制有效位：257 成了 256，4097 成了 4096，cos(θ_0 m) 差到 0.1 以上。"""
     assert [int(torch.tensor(m, dtype=torch.bfloat16)) for m in (257, 1001, 4097)] == [256, 1000, 4096]
@@ -548,6 +554,7 @@ def test_bfloat16_positions_collapse():
     assert abs(wrong[0].item() - math.cos(4097)) > 0.1
 
 
+@pytest.mark.rejects
 def test_casting_a_library_module_also_casts_its_frequencies():
     """transformers 的 forward 在 float32 里乘，但整个模型 .bfloat16() 会把 inv_freq 缓冲先舍入掉，救不回来。"""
     module = LlamaRotaryEmbedding(llama_config()).bfloat16()

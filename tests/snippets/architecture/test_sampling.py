@@ -433,6 +433,7 @@ def wrong_top_p_extra(logits, p):
     return logits.masked_fill(remove.scatter(-1, order, remove), -INF)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", [wrong_top_p_cumsum, wrong_top_p_unsorted_mask, wrong_top_p_extra])
 def test_wrong_top_p_is_rejected(wrong):
     logits = random_logits(40, 11)
@@ -447,6 +448,7 @@ def test_wrong_top_p_is_rejected(wrong):
     assert agreement(lambda x: wrong(x, 0.8)) < 20
 
 
+@pytest.mark.rejects
 def test_naive_cumsum_keeps_zero_two_three():
     """页面的边界表：p=.3、.76、.95，正确 1、3、4 个，`cumsum <= p` 得 0、2、3 个。"""
     for p, right, wrong in ((0.3, 1, 0), (0.76, 3, 2), (0.95, 4, 3)):
@@ -454,6 +456,7 @@ def test_naive_cumsum_keeps_zero_two_three():
         assert kept(wrong_top_p_cumsum(FIVE.log(), p)) == wrong
 
 
+@pytest.mark.rejects
 def test_temperature_multiplied_is_rejected():
     """升温应使熵增大；乘以温度使熵减小。"""
     entropy = torch.special.entr(FIVE).sum()
@@ -462,6 +465,7 @@ def test_temperature_multiplied_is_rejected():
     assert hot > entropy + 0.1 and wrong < entropy - 0.1
 
 
+@pytest.mark.rejects
 def test_top_k_by_indices_differs_on_ties():
     """按下标只留 k 个：并列时少留，与阈值写法（transformers）不同。"""
     logits = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
@@ -470,6 +474,7 @@ def test_top_k_by_indices_differs_on_ties():
     assert kept(top_k_filter(logits, top_k=2))[0] == 3
 
 
+@pytest.mark.rejects
 def test_min_p_as_an_absolute_probability_is_rejected():
     """平坦的分布上绝对门槛会滤掉全部；相对门槛一个也不滤。"""
     flat = torch.zeros(1, 20, dtype=torch.float64)
@@ -478,6 +483,7 @@ def test_min_p_as_an_absolute_probability_is_rejected():
     assert kept(min_p_filter(flat, min_p=0.1))[0] == kept(MinPLogitsWarper(0.1)(None, flat))[0] == 20
 
 
+@pytest.mark.rejects
 def test_repetition_penalty_that_divides_negative_logits_is_rejected():
     """负的 logit 除以 θ>1：概率反而变大。真值是「惩罚不能增加概率」。"""
     logits, seen = torch.tensor([[-1.0, 0.5, 0.0]], dtype=torch.float64), torch.tensor([[0]])
@@ -488,6 +494,7 @@ def test_repetition_penalty_that_divides_negative_logits_is_rejected():
     assert repetition_penalty(logits, seen, penalty=1.3).softmax(-1)[0, 0] < before - 0.02
 
 
+@pytest.mark.rejects
 def test_wrong_sign_of_the_length_penalty_is_rejected():
     """乘以 n^α 而不是除以：α=1 时偏向短的，与穷举的真值不同。"""
     differs = 0
@@ -502,6 +509,7 @@ def test_wrong_sign_of_the_length_penalty_is_rejected():
     assert differs >= 10
 
 
+@pytest.mark.rejects
 def test_keeping_only_k_candidates_starves_the_beam():
     """每步只取 k 个候选：EOS 占掉名额以后束变窄，可能断掉。三个 token、束宽 2，EOS 两条前缀都排在前面。"""
     rows = {(): [0.5, 0.1, 0.4], (0,): [0.1, 0.85, 0.05], (2,): [0.2, 0.7, 0.1]}

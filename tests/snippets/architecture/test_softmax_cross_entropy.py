@@ -340,6 +340,7 @@ def test_the_template_of_the_wrong_versions_is_right():
     torch.testing.assert_close(wrong_cross_entropy(z, LABELS, eps=0.3).item(), truth)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_VERSIONS)
 def test_wrong_version_is_rejected(name):
     z = make_logits(N, V)
@@ -348,6 +349,7 @@ def test_wrong_version_is_rejected(name):
     assert abs(wrong_cross_entropy(z, LABELS, eps=0.3, **WRONG_VERSIONS[name]).item() - truth) > 0.05
 
 
+@pytest.mark.rejects
 def test_no_max_subtraction_is_rejected():
     """logits 1000、0：不减最大值时 LSE 是 inf，概率是 NaN。"""
     z, y = torch.tensor([[1000.0, 0.0]]), torch.tensor([1])
@@ -356,6 +358,7 @@ def test_no_max_subtraction_is_rejected():
     torch.testing.assert_close(cross_entropy(z, y), torch.tensor(1000.0))
 
 
+@pytest.mark.rejects
 def test_log_of_softmax_is_rejected():
     """softmax 已经减过最大值，对数仍是 -inf，梯度是 NaN；正确的损失是 1000，梯度是 (1, -1)。"""
     z = torch.tensor([[1000.0, 0.0]], requires_grad=True)
@@ -366,6 +369,7 @@ def test_log_of_softmax_is_rejected():
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.tensor([[1.0, -1.0]]))
 
 
+@pytest.mark.rejects
 def test_mean_of_chunk_means_is_rejected():
     """有效 4 行分成 3 与 1：平均的平均让最后一行的权重变成 3 倍。"""
     hidden, weight = make_logits(N, C), make_logits(V, C, seed=1)
@@ -377,6 +381,7 @@ def test_mean_of_chunk_means_is_rejected():
     assert (wrong - truth).abs() > 0.05
 
 
+@pytest.mark.rejects
 def test_missing_and_double_shift_are_rejected():
     """模型完全答对下一个 token：正确的损失近似 0，漏移位与移两次都很大。"""
     ids = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 0]])

@@ -219,6 +219,7 @@ def test_errors_are_unrecoverable_by_default():
 # 被拒绝的错误写法
 
 
+@pytest.mark.rejects
 def test_rejects_loss_without_shift_and_with_double_shift():
     """不移位是让模型复述输入，移两次是隔一个预测；都不等于逐步的损失。"""
     model = make_llama()
@@ -232,6 +233,7 @@ def test_rejects_loss_without_shift_and_with_double_shift():
         assert abs(wrong - truth) > 0.1
 
 
+@pytest.mark.rejects
 def test_rejects_gradient_through_fed_samples_as_the_gradient_of_the_expected_loss():
     """采样（或 argmax）的 token 不传梯度：少了得分函数项，第一步的梯度与穷举的真梯度不同。"""
     table = Table()
@@ -249,6 +251,7 @@ def test_rejects_gradient_through_fed_samples_as_the_gradient_of_the_expected_lo
     torch.testing.assert_close(measured, naive, rtol=0, atol=1e-10)  # 第一步的梯度不依赖采到了什么
 
 
+@pytest.mark.rejects
 def test_rejects_calling_teacher_forcing_biased():
     """期望梯度恰是前向 KL 的梯度，在真分布处为 0；计划采样在真分布处不为 0。"""
     table = Table()
@@ -264,6 +267,7 @@ def test_rejects_calling_teacher_forcing_biased():
     torch.testing.assert_close(grads(sequential_loss(random, ids), random), grads(kl, random))
 
 
+@pytest.mark.rejects
 def test_rejects_true_distribution_as_the_optimum_even_with_gradient_through_sampling():
     """连采样也求导，真分布的目标值仍高于「q1=P1、第二步取混合」的目标值。"""
     truth, mixed = Table(), Table()
@@ -276,6 +280,7 @@ def test_rejects_true_distribution_as_the_optimum_even_with_gradient_through_sam
     assert values[0] > values[1] + 0.02
 
 
+@pytest.mark.rejects
 def test_rejects_geometric_decay_when_errors_are_recoverable():
     d = off_track_probability(200, error_rate=0.01, recovery_rate=0.2)
     assert math.isclose(d[-1].item(), 0.01 / 0.21, rel_tol=1e-9)

@@ -412,6 +412,7 @@ def wrong_logits(model, ids, wrong):
     return model.lm_head(x if wrong == "no final norm" else model.norm(x))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     ["silu on up", "no silu", "shared norm", "post-norm", "no mask", "residual after norm", "no final norm"],
@@ -428,6 +429,7 @@ def test_wrong_forward_is_rejected(wrong):
         torch.testing.assert_close(bad, expected, **FLOAT32)
 
 
+@pytest.mark.rejects
 def test_positions_that_restart_at_zero_are_rejected():
     reference, model = make_pair()
     ids, state = token_ids(), caches()
@@ -440,6 +442,7 @@ def test_positions_that_restart_at_zero_are_rejected():
     assert (bad - expected)[:, 1:].abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_swapping_gate_and_up_is_only_a_renaming_when_trained_from_scratch():
     """对调两支又对调权重，什么也没变：从头训练看不出这个错，装载别人的权重才看得出。"""
     _, model = make_pair()

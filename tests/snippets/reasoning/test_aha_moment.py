@@ -180,6 +180,7 @@ def test_empty_inputs_are_rejected():
 # ---- 被拒绝的错误写法 ----
 
 
+@pytest.mark.rejects
 def test_wrong_flows_are_rejected():
     """把自然梯度当成 logit 的普通梯度；忘了归一化的那一项。"""
     truth = autograd_velocity(PROBS, REWARDS)
@@ -188,6 +189,7 @@ def test_wrong_flows_are_rejected():
         assert (wrong - truth).abs().max() > 1e-2
 
 
+@pytest.mark.rejects
 def test_log_odds_linear_growth_is_wrong_for_plain_gradient():
     """「对数几率线性增长，起飞时间正比于 log(1/p0)」只对自然梯度成立。"""
     truth = integrate(0.01, 1.0, 0.5, False, dt=5e-3)
@@ -195,6 +197,7 @@ def test_log_odds_linear_growth_is_wrong_for_plain_gradient():
     assert time_to_takeoff(0.01, gain=1.0) == pytest.approx(truth, abs=2e-2)
 
 
+@pytest.mark.rejects
 def test_substring_count_is_rejected():
     """子串匹配把 waiter、checkout 也算成反思。"""
     texts = ["the waiter", "checkout page"]
@@ -202,6 +205,7 @@ def test_substring_count_is_rejected():
     assert reflection_rate(texts, ["wait", "check"]) == 0
 
 
+@pytest.mark.rejects
 def test_an_unsampled_behaviour_gets_exactly_no_gradient():
     """页面的断言：组内优势和为零，没采到的行为的 logit 梯度为零；换成不减基线的奖励就不是。"""
     logits = tensor([0.3, -0.2, -6.0]).requires_grad_()

@@ -199,6 +199,7 @@ def test_cosine_rejects_bad_limit():
 # ---- 错误写法 ----
 
 
+@pytest.mark.rejects
 def test_rejects_paying_wrong_answers_for_being_short():
     """不截的 λ 给最短的错答 +0.5：w=1.5 时总分 0.75，超过最长的对答 1 − 0.75 = 0.25；截了之后是 0。"""
     lengths, correct = tensor([100, 500]), torch.tensor([False, True])
@@ -211,12 +212,14 @@ def test_rejects_paying_wrong_answers_for_being_short():
     torch.testing.assert_close(ours, tensor([0.0, 0.25]))
 
 
+@pytest.mark.rejects
 def test_rejects_extremes_of_the_correct_answers_only():
     lengths, correct = tensor([100, 200, 300]), torch.tensor([False, True, True])
     only_correct = 0.5 - (200 - 200) / (300 - 200)
     assert abs(only_correct - kimi_length_reward(lengths, correct, group_size=3)[1].item()) > 0.4
 
 
+@pytest.mark.rejects
 def test_rejects_adding_instead_of_multiplying_in_lcpo_max():
     """相加时，错而短的回答得 clip(0.5+α·900)=0.77，与对错无关。"""
     added = 0.0 + min(max(0.0003 * 900 + 0.5, 0.0), 1.0)
@@ -224,6 +227,7 @@ def test_rejects_adding_instead_of_multiplying_in_lcpo_max():
     assert lcpo_max(tensor([100.0]), torch.tensor([False]), tensor([1000.0])).item() == 0.0
 
 
+@pytest.mark.rejects
 def test_rejects_cosine_without_the_clamp():
     """不截断时余弦在 2 倍上限处回到 1：写两倍长反而满分。"""
     unclamped = 0.5 + 0.25 * (1 + math.cos(math.pi * 200 / 100))

@@ -50,6 +50,7 @@ def test_puct_matches_hand_computation(q, p, n, c, expected):
     assert puct_select(q, p, n, c_puct=c) == expected
 
 
+@pytest.mark.rejects
 def test_wrong_puct_formulas_are_rejected():
     """先验悬殊、访问悬殊的两例：自己的根号、不开根号、不乘先验各被至少一个手算例子拒绝。"""
     extra = [
@@ -65,6 +66,7 @@ def test_wrong_puct_formulas_are_rejected():
         assert any(wrong(q, p, n, c) != expected for q, p, n, c, expected in cases), wrong.__name__
 
 
+@pytest.mark.rejects
 def test_missing_plus_one_divides_by_zero_but_ours_visits_unvisited_child():
     q, p, n = [0.4, 0.0], [0.5, 0.5], [1, 0]
     with pytest.raises(ZeroDivisionError):
@@ -157,6 +159,7 @@ def test_first_four_visits_by_hand():
     assert abs(root.q - (0.5 + 3 * 0.9) / 4) < 1e-12
 
 
+@pytest.mark.rejects
 def test_value_from_the_wrong_depth_is_rejected():
     """用根的价值回传时所有子节点同值，找不到最优。"""
     root = Node((0.9, 0.1))

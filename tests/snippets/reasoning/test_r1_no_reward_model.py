@@ -136,11 +136,13 @@ def test_every_pass_beats_every_fail(base):
     assert violations(lambda s, p: gated_reward(s, p, base=base)) == 0
 
 
+@pytest.mark.rejects
 def test_rejected_version_raw_score_times_pass():
     """流传的写法：负分的通过者得负，输给没通过的 0。"""
     assert violations(lambda s, p: s * p) >= 3 * len(SCORES)
 
 
+@pytest.mark.rejects
 def test_rejected_version_adding_the_scores():
     """相加不是门：分数够高就能盖过没通过。"""
     assert violations(lambda s, p: p.double() + s) > 0

@@ -65,6 +65,7 @@ def test_components_add_up_to_the_advantage_of_the_total(scale_by_std):
     )
 
 
+@pytest.mark.rejects
 def test_rejects_normalising_each_component_by_its_own_std():
     """「各项先各自归一化再相加」：语言分差 0.01 与对错差 1 变成一样重，符号可以与总分的优势相反。"""
     components = tensor([[1, 1, 0, 0], [0.90, 0.89, 0.91, 0.90]])
@@ -160,6 +161,7 @@ def test_kept_samples_follow_the_conditional_distribution(cap):
     torch.testing.assert_close(ours, tensor([float(a + b)]))
 
 
+@pytest.mark.rejects
 def test_rejects_dedupe_keeps_the_conditional_distribution():
     """「去重不影响分布」：短回答去重之后 A : B 不再是 1 : 3，采得越多越接近 1 : 1。"""
     ratios = [b / a for _, a, b in (enumerate_kept(n, None, dedupe=True) for n in (1, 3, 6))]
@@ -167,6 +169,7 @@ def test_rejects_dedupe_keeps_the_conditional_distribution():
     assert float(ratios[2]) < 1.75
 
 
+@pytest.mark.rejects
 def test_rejects_keeping_the_shortest():
     """「只留最短的一条」：按别的标准挑，就不再是条件分布。这里 A 比 B 短，每题留一条时 A 的份额高于 1/4。"""
     totals = [Fraction(0)] * 3
@@ -233,6 +236,7 @@ def test_expected_kept_edges():
             expected_kept(p, **bad)
 
 
+@pytest.mark.rejects
 def test_rejects_capping_the_expectation():
     """「期望留下 min(m, Np) 条」：上限在期望里面，p=½、N=5、m=2 时是 1.78 条，不是 2 条。"""
     ours = expected_kept(tensor([0.5]), num_samples=5, max_per_prompt=2).item()

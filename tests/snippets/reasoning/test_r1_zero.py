@@ -49,6 +49,7 @@ def any_correct(num_samples, num_correct, k):
     return float(num_correct > 0)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.8])
 def test_pass_at_k_is_unbiased_and_wrong_versions_are_not(rate):
     num_samples, k = 8, 3

@@ -346,6 +346,7 @@ def test_true_gradient_by_finite_differences():
     torch.testing.assert_close(torch.stack(numeric), TRUTH, rtol=1e-6, atol=1e-9)  # 差分误差
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("fn", "fp"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.25, 0.1), (0.6, 0.6), (0.5, 0.5)]
 )

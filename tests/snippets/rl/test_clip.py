@@ -477,6 +477,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
 def test_wrong_clip_differs_from_the_region_table(wrong):
     """错误写法与六格表的梯度至少在一个点上差 0.5 以上（ρ≈1 附近一个 token 的梯度大小是 |Â|）；我们的差为零。"""
@@ -500,6 +501,7 @@ def dual_clip_on_positive_only(loss, advantages):
     return torch.where(advantages > 0, torch.maximum(loss, -3.0 * advantages), loss)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [dual_clip_on_both_signs, dual_clip_with_max, dual_clip_on_positive_only],
@@ -515,6 +517,7 @@ def test_wrong_dual_clip_differs_from_the_region_table(wrong):
     torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.rejects
 def test_value_clip_with_min_is_optimistic():
     """手算的三点上，min 给 0.25、1.44、0.81：走过头的不拦，走反了的反而不纠正（梯度 0）。"""
 
@@ -528,6 +531,7 @@ def test_value_clip_with_min_is_optimistic():
     torch.testing.assert_close(grad, tensor([[-1.0, 0.0, -1.8]]))
 
 
+@pytest.mark.rejects
 def test_counting_every_ratio_outside_the_interval_overstates_the_clip_fraction():
     """四种区间外的情形各一个 token：梯度被拿掉的是 2/4，数 |ρ−1|>ε 得 4/4。"""
     args = case([[0.5, 1.5]] * 2, [[1.0], [-1.0]])

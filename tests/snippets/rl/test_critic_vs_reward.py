@@ -418,6 +418,7 @@ def score_on_every_token(rewards, mask):
     return rewards[:, None] * mask
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [score_on_the_last_column, score_one_past_the_end, score_on_every_token],
@@ -438,6 +439,7 @@ def values_two_before(outputs, response_length):
     return outputs[:, -response_length - 2 : -2]
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", [values_after_the_token, values_two_before], ids=lambda f: f.__name__)
 def test_values_shifted_by_one_bias_the_gradient_even_when_the_critic_is_exact(wrong):
     """标量头在「看完 a_{t−1}」的位置给出精确的 V(s_t)，看完整条回答处给出得分；λ=0.95。"""
@@ -459,6 +461,7 @@ def test_values_shifted_by_one_bias_the_gradient_even_when_the_critic_is_exact(w
     assert relative(gradient(wrong(outputs, LENGTH)), truth) > 0.02
 
 
+@pytest.mark.rejects
 def test_value_that_saw_the_action_is_biased_even_at_lambda_one():
     """基线只能依赖 s_t：用看过 a_t 的价值 V(s_{t+1}) 当基线，λ=1 也偏；依赖更早的状态则无偏。"""
     logits, scores = toy()
@@ -486,6 +489,7 @@ def no_bootstrap(token_rewards, values, mask):
     return (token_rewards - values) * mask
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong", [bootstrap_from_padding, terminal_value_is_the_reward, no_bootstrap], ids=lambda f: f.__name__
 )
@@ -503,6 +507,7 @@ def test_wrong_td_errors_are_not_surprises(wrong):
     assert largest_mean(wrong(rewards, values, MASK)) > 0.02
 
 
+@pytest.mark.rejects
 def test_value_loss_without_the_mask_is_pulled_towards_padding():
     """目标在填充处是 0：不看掩码，分母里混进填充，梯度也流到填充处的输出。"""
     values = tensor([[1.0, 1.0, 0.5, 0.5]]).requires_grad_()

@@ -381,6 +381,7 @@ def entropy_bonus(log_probs, old_log_probs, advantages, loss_mask):
     return dapo_loss(log_probs, old_log_probs, advantages, loss_mask) - 0.5 * bonus
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [swapped_widths, symmetric_widths, advantage_divided_by_length, mean_of_sequence_means, entropy_bonus],
@@ -395,6 +396,7 @@ def test_wrong_losses_differ_from_equation_8(wrong):
     torch.testing.assert_close(loss_and_grad(dapo_loss, *args)[1], truth)
 
 
+@pytest.mark.rejects
 def test_dividing_the_advantage_by_length_restores_the_forty_fold_bias():
     """50 与 2000 个 token，优势 +1 与 −1，比值 1：式 8 里每个 token 的梯度大小相同，除以长度之后差 40 倍。"""
     mask = torch.arange(2000)[None, :] < torch.tensor([50, 2000])[:, None]
@@ -421,6 +423,7 @@ def mean_between_zero_and_one(rewards):
     return 0 < rewards.mean().item() < 1
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [keeps_only_all_correct, drops_only_all_wrong, mean_between_zero_and_one],
@@ -434,6 +437,7 @@ def test_wrong_filters_disagree_with_equation_11(wrong):
     assert {k: wrong(r) for k, r in groups.items()} != truth
 
 
+@pytest.mark.rejects
 def test_the_mean_range_filter_keeps_only_easy_groups_under_signed_rewards():
     groups = [tensor([1.0] * k + [-1.0] * (4 - k)) for k in range(5)]
     assert [mean_between_zero_and_one(r) for r in groups] == [False, False, False, True, False]
@@ -448,6 +452,7 @@ def scaled(correct, penalty):
     return correct * (1 + penalty)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", [multiplied, scaled], ids=lambda f: f.__name__)
 def test_multiplying_the_penalty_rewards_long_wrong_answers(wrong):
     """三条错误回答，长 1000、18432、20480。相加：−1、−1.5、−2，越长越低；相乘：越长越高，差 1。"""
@@ -458,6 +463,7 @@ def test_multiplying_the_penalty_rewards_long_wrong_answers(wrong):
     assert theirs[2] - theirs[0] == 1.0 and (theirs.diff() > 0).all()
 
 
+@pytest.mark.rejects
 def test_the_expected_length_is_not_the_limit():
     """把 16384 当 L_max：12288 起就开始罚，16384 处已是 −1，而式 13 在那里还是 0。"""
     at = torch.tensor([12288, 14336, 16384])
@@ -479,6 +485,7 @@ def test_filtering_removes_the_gradient_that_shaping_keeps():
     assert shaped[2] < shaped[1] - 0.5
 
 
+@pytest.mark.rejects
 def test_the_fourth_part_depends_on_length():
     """第四处是式 13：优势随长度变。「去掉 KL」「加熵」都不碰奖励，优势只是组内归一化，与真值差 0.2 以上。"""
     rewards, lengths = tensor([1.0, -1.0, -1.0]), torch.tensor([20000, 300, 19000])

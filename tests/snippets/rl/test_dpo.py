@@ -498,6 +498,7 @@ def beta_outside_the_sigmoid(chosen, rejected, ref_chosen, ref_rejected, *, beta
     return -beta * F.logsigmoid((chosen - ref_chosen) - (rejected - ref_rejected))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong", [sign_flipped, without_reference, reference_with_wrong_sign, beta_outside_the_sigmoid]
 )
@@ -507,6 +508,7 @@ def test_rejects_losses_whose_optimum_is_not_the_closed_form(world, wrong):
     assert (optimize(world, wrong) - best.exp()).abs().max().item() > 0.05
 
 
+@pytest.mark.rejects
 def test_beta_outside_the_sigmoid_finds_the_optimum_of_beta_one(world):
     """β 放到 σ 外面只缩放梯度，收敛到的是 β = 1 的最优策略，与给的 β 无关。"""
     ref, rewards, *_ = world
@@ -515,12 +517,14 @@ def test_beta_outside_the_sigmoid_finds_the_optimum_of_beta_one(world):
     torch.testing.assert_close(found, best_at_one.exp(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.rejects
 def test_without_reference_finds_the_optimum_of_a_uniform_reference(world):
     ref, rewards, beta, *_ = world
     best, _ = kl_regularized_optimum(torch.full_like(ref, -math.log(V)), rewards, beta=beta)
     torch.testing.assert_close(optimize(world, without_reference), best.exp(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.rejects
 def test_rejects_mean_instead_of_sum():
     """chosen 2 个 token 各涨 1，rejected 10 个 token 各涨 0.5：求和差 -3，平均差 +0.5，符号相反。"""
     gains = torch.zeros(2, 10)
@@ -533,6 +537,7 @@ def test_rejects_mean_instead_of_sum():
     assert mean_loss == pytest.approx(math.log1p(math.exp(-0.5)))
 
 
+@pytest.mark.rejects
 @trl_warning
 def test_rejects_forgetting_the_shift_and_averaging_against_trl(trl_setup):
     model, ref_model, build = trl_setup
@@ -550,6 +555,7 @@ def test_rejects_forgetting_the_shift_and_averaging_against_trl(trl_setup):
     assert abs(dpo_loss(*averaged, beta=0.5).mean().item() - theirs) > 0.05
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("wrong", "value"),
     [
@@ -567,6 +573,7 @@ def test_rejects_wrong_gradients(wrong, value):
     assert wrong(0.1, 4) / chosen.grad.item() > 9
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong_target", [lambda tau: 1 / tau, lambda tau: tau / 2, lambda tau: 2 * tau])
 def test_rejects_wrong_ipo_targets(wrong_target):
     """最优点由论文 5.3.1 节给出：τ = 0.1 时 h = 1/(2τ) = 5；目标写成 1/τ 会停在 10。"""

@@ -360,6 +360,7 @@ def dpop_wrong(chosen, rejected, ref_chosen, ref_rejected, *, kind, beta=0.5, la
     raise AssertionError(kind)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
@@ -377,6 +378,7 @@ def test_rejects_wrong_dpop(kind, wrong):
     assert abs(value - 0.313262) > 0.2
 
 
+@pytest.mark.rejects
 def test_rejects_clamp_instead_of_relu_at_the_start():
     """起点 Δ_w = 0：clamp(min=0) 的导数取 1，chosen 的系数变成 (1 + 50) 倍。"""
     chosen, *rest = pair(-7, -11, -7, -11)
@@ -386,6 +388,7 @@ def test_rejects_clamp_instead_of_relu_at_the_start():
     assert chosen.grad.item() == pytest.approx(-0.15 * 51)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("kind", "wrong"), [("求和不除长度", 2.126928), ("加在 rejected 上", 0.876928), ("减去参考", -0.373072)]
 )
@@ -403,6 +406,7 @@ def test_rejects_wrong_nll(kind, wrong):
     assert value == pytest.approx(wrong, abs=1e-6) and abs(value - truth) > 0.2
 
 
+@pytest.mark.rejects
 def test_rejects_the_ratio_of_partial_derivatives_as_the_ratio_of_updates():
     """对概率的偏导之比是 π_w/π_l = 4；表格式上真走一步，chosen 升、rejected 降之比却是 2.96，倒过来也不是 4。"""
     logits = torch.tensor([0.2, 0.05, 0.25, 0.25, 0.25], dtype=torch.float64).log().requires_grad_()

@@ -530,6 +530,7 @@ def test_token_level_rewards_are_refused():
 # ---- 流传的错误写法 ----
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
 def test_rejects_normalising_by_a_sampled_length(mode):
     """「加上长度归一化」与「就是 token-mean」：分母由采样决定，期望梯度不与 ∇J 平行；我们的残差是舍入误差。"""
@@ -540,6 +541,7 @@ def test_rejects_normalising_by_a_sampled_length(mode):
     assert residual(expected_gradient(BIG, logits, BINARY, 3, ours), truth) < 1e-12
 
 
+@pytest.mark.rejects
 def test_rejects_dividing_the_advantage_by_the_length():
     """「把优势除以回答长度来修正」：再按 token 平均，期望梯度与 GRPO 的偏差同样大，权重比 3 : 1 也相同。"""
 
@@ -559,6 +561,7 @@ def test_rejects_dividing_the_advantage_by_the_length():
     assert -grad[0, 0] / grad[1, 0] == pytest.approx(3)  # 我们的是 1，见手算
 
 
+@pytest.mark.rejects
 def test_rejects_keeping_the_std():
     """「只去长度，留着标准差」：单独一道题只差倍数，两道难度不同的题合在一起就不平行了。"""
     parts = []
@@ -580,6 +583,7 @@ def test_rejects_keeping_the_std():
     assert residual(dr_grpo, truth) < 1e-12
 
 
+@pytest.mark.rejects
 def test_std_also_bends_the_direction_when_rewards_are_not_binary():
     """「标准差只改题间权重」只对 0/1 奖励成立：奖励有多个值时，一道题之内也不再平行。"""
     logits = random_logits(BIG, 0)
@@ -590,6 +594,7 @@ def test_std_also_bends_the_direction_when_rewards_are_not_binary():
     assert residual(binary, objective_gradient(BIG, logits, BINARY)) < 1e-5
 
 
+@pytest.mark.rejects
 def test_rejects_removing_the_mean_too():
     """「均值也不减」：仍无偏，但倍数是 1 而不是 (G−1)/G，奖励整体加 3 之后噪声变大；Dr. GRPO 的噪声不变。"""
     logits = random_logits(SMALL, 1)
@@ -618,6 +623,7 @@ def test_rejects_removing_the_mean_too():
     assert relative_noise(ours, shifted) == pytest.approx(relative_noise(ours, SMALL_BINARY))
 
 
+@pytest.mark.rejects
 def test_rejects_high_variance_questions_dominate():
     """「方差大的题权重大」：反了。除标准差的权重在 p=½ 最小；不除时处处相等。"""
     p = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
@@ -626,6 +632,7 @@ def test_rejects_high_variance_questions_dominate():
     torch.testing.assert_close(weights, weights.flip(0))
 
 
+@pytest.mark.rejects
 def test_rejects_the_infinite_group_formula_at_small_groups():
     """「权重是 1/√(p(1−p))，p→0 时趋于无穷」：组大小有限时有上界；G=8 时 p=0.05 对 p=½ 是 1.33 倍，不是 2.29 倍。"""
     easy, middle = question_weight(tensor([0.05, 0.5]), group_size=8).tolist()
@@ -634,6 +641,7 @@ def test_rejects_the_infinite_group_formula_at_small_groups():
     assert question_weight(tensor([0.0]), group_size=8).item() < 2.48
 
 
+@pytest.mark.rejects
 def test_rejects_the_longest_answer_as_the_constant():
     """「除以本批最长的回答」：分母又由采样决定，期望梯度不与 ∇J 平行。"""
 

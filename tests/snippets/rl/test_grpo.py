@@ -623,6 +623,7 @@ def median_baseline(rewards, size):
     return ((groups - groups.median(1, keepdim=True).values) / groups.std(1, keepdim=True)).flatten()
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [population_std, interleaved_groups, whole_batch, divided_by_variance, median_baseline],
@@ -679,6 +680,7 @@ WRONG_LOSSES = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG_LOSSES)
 def test_wrong_losses_are_rejected(name):
     """梯度与「循环 + 中心差分」的真值相比，相对误差至少 1%；我们小于 1e-7。"""
@@ -690,6 +692,7 @@ def test_wrong_losses_are_rejected(name):
     assert (ours - truth).norm() / truth.norm() < 1e-7
 
 
+@pytest.mark.rejects
 def test_dropping_the_ratio_is_invisible_at_the_first_step():
     """−Â·logπ 的梯度是 −Â，GRPO 是 −ρÂ：ρ=1 时逐位相同，所以只在第一步对拍查不出来；其他步相差 10% 以上。"""
     log_probs, old, ref, advantages, mask = case()
@@ -703,6 +706,7 @@ def test_dropping_the_ratio_is_invisible_at_the_first_step():
     assert (value_and_grad(pseudo, *later)[1] - ours).norm() / ours.norm() > 0.1
 
 
+@pytest.mark.rejects
 def test_product_instead_of_min_rewards_wrong_answers():
     """少了逗号，ρÂ·clip(ρ)Â 里优势成了平方：负优势的 token 在第一步也被推高。"""
     log_probs, _, ref, advantages, mask = case()

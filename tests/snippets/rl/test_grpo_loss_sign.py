@@ -448,6 +448,7 @@ def test_bad_arguments_are_refused():
 # ---- 流传的错误说法，必须被上面的真值拒绝 ----
 
 
+@pytest.mark.rejects
 def test_zero_loss_is_not_zero_gradient():
     """「loss 是 0，没有在训练」：值 0，梯度逐元素是 −A/(B·n)，与有限差分一致，不是 0。"""
     advantages, lengths, mask, log_probs, _ = case()
@@ -474,6 +475,7 @@ WRONG_FIRST_STEP = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("claim", WRONG_FIRST_STEP)
 def test_wrong_first_values_differ_from_trl(claim):
     advantages, lengths, mask, log_probs, _ = case()
@@ -491,6 +493,7 @@ WRONG_BOUNDS = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("claim", WRONG_BOUNDS)
 def test_wrong_bounds_differ_from_the_brute_force_search(claim):
     """上下宽度 0.2、0.28；真值是网格上的最小值，错的至少差 0.005，我们的差小于 1e-9。"""

@@ -471,6 +471,7 @@ def test_trl_with_lora_has_no_second_model_even_with_kl(tiny_model, tmp_path):
 # ---- 流传的错误写法：真值不认它们 ----
 
 
+@pytest.mark.rejects
 def test_exponential_tilt_by_the_reward_is_not_where_grpo_with_k3_stops():
     """π* ∝ π_ref·e^{r/β} 处，k3 与标准差的 GRPO 还在动；在 `fixed_point_success_rate` 给的点上才不动。"""
     ref, correct, beta = tensor(REF), tensor(CORRECT), 0.5
@@ -482,6 +483,7 @@ def test_exponential_tilt_by_the_reward_is_not_where_grpo_with_k3_stops():
     assert still.abs().max() < 1e-6
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -437,6 +437,7 @@ def test_very_improbable_tokens_stay_finite():
 # ---------------------------------------------------------------- 必须被拒绝的错误写法
 
 
+@pytest.mark.rejects
 def test_rejects_the_reversed_ratio():
     """样本来自 π 却取 r = π/π_ref：所谓 k1 的期望是 -KL，所谓 k3 两个方向的 KL 都不是。"""
     policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
@@ -449,6 +450,7 @@ def test_rejects_the_reversed_ratio():
     torch.testing.assert_close(moments(kl_k3, policy, ref)[0].item(), truth)
 
 
+@pytest.mark.rejects
 def test_rejects_k3_with_plus_log_r():
     """r - 1 + log r：期望是 -KL。"""
     logits, ref_logits, _ = random_logits()
@@ -457,6 +459,7 @@ def test_rejects_k3_with_plus_log_r():
     assert wrong < -0.05
 
 
+@pytest.mark.rejects
 def test_rejects_k2_without_the_half():
     logits, ref_logits, _ = random_logits()
     reverse, _ = exact_gradients(logits, ref_logits)
@@ -466,6 +469,7 @@ def test_rejects_k2_without_the_half():
     assert (wrong - reverse).abs().max() > 0.05
 
 
+@pytest.mark.rejects
 def test_rejects_k2_is_unbiased():
     """高斯、KL 为 0.5 时偏差是 +0.125（真值的 25%）；「遗忘」对是 -0.114：偏差的符号也不固定。"""
     x = torch.linspace(-14, 14, 28001, dtype=torch.float64)
@@ -476,6 +480,7 @@ def test_rejects_k2_is_unbiased():
     assert forget < -0.1
 
 
+@pytest.mark.rejects
 def test_rejects_k3_always_has_the_lower_variance():
     """走近时 k3 的标准差不到 k1 的五分之一，「遗忘」对上是 k1 的四倍以上。"""
     _, ref, _ = random_logits()
@@ -484,6 +489,7 @@ def test_rejects_k3_always_has_the_lower_variance():
     assert moments(kl_k3, *far)[1] > 4 * moments(kl_k1, *far)[1]
 
 
+@pytest.mark.rejects
 def test_rejects_the_gradient_of_k3_is_the_reverse_kl_gradient():
     logits, ref_logits, _ = random_logits()
     reverse, forward = exact_gradients(logits, ref_logits)
@@ -492,6 +498,7 @@ def test_rejects_the_gradient_of_k3_is_the_reverse_kl_gradient():
     assert (grad - forward).abs().max() < 1e-12
 
 
+@pytest.mark.rejects
 def test_rejects_k1_as_a_loss_regularises():
     logits, ref_logits, _ = random_logits()
     grad = expected_gradient(lambda lp: kl_k1(lp, ref_logits.log_softmax(-1)), logits)
@@ -499,6 +506,7 @@ def test_rejects_k1_as_a_loss_regularises():
     assert exact_gradients(logits, ref_logits)[0].abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_rejects_a_detached_ratio_in_front_of_k3():
     """比值不进计算图，同策略时等于没乘：梯度又是前向 KL 的。"""
     logits, ref_logits, _ = random_logits()
@@ -508,6 +516,7 @@ def test_rejects_a_detached_ratio_in_front_of_k3():
     assert (grad - forward).abs().max() < 1e-12 and (grad - reverse).abs().max() > 0.03
 
 
+@pytest.mark.rejects
 def test_rejects_a_differentiable_ratio_in_front_of_k2():
     """ρ·k2 的期望梯度是 E[k2] 自己的梯度，不是 KL 的。"""
     logits, ref_logits, _ = random_logits()
@@ -520,6 +529,7 @@ def test_rejects_a_differentiable_ratio_in_front_of_k2():
     assert (wrong - reverse).abs().max() > 0.04
 
 
+@pytest.mark.rejects
 def test_rejects_uncorrected_losses_on_samples_of_the_old_policy():
     logits, ref_logits, old_logits = random_logits()
     reverse, forward = exact_gradients(logits, ref_logits)
@@ -529,11 +539,13 @@ def test_rejects_uncorrected_losses_on_samples_of_the_old_policy():
         assert min((grad - truth).abs().max() for truth in (reverse, forward)) > 0.02
 
 
+@pytest.mark.rejects
 def test_rejects_exponentiating_before_dividing():
     quotient = torch.tensor([-109.0]).exp() / torch.tensor([-110.0]).exp()
     assert quotient.isnan().all()  # 0/0；kl_k3 在同一点是 e - 2，见上
 
 
+@pytest.mark.rejects
 def test_rejects_exp_minus_one_in_float32():
     ref = torch.tensor([1e-5])
     naive = (ref.exp() - 1 - ref).item()

@@ -160,6 +160,7 @@ def test_why_half_precision_is_refused(generator):
 # 必须拒绝的错误写法 --------------------------------------------------------------------------------
 
 
+@pytest.mark.rejects
 def test_rejects_forgetting_the_shift(markov):
     """不错位也能跑：形状对得上，但得到的不是这条序列的概率。"""
     tokens = torch.tensor([[0, 2, 1, 1]])
@@ -171,6 +172,7 @@ def test_rejects_forgetting_the_shift(markov):
     assert abs(wrong.item() - truth) > 0.3
 
 
+@pytest.mark.rejects
 def test_rejects_mean_over_tokens(markov):
     """平均之后 27 条序列的“概率”总和不再是 1。"""
     sequences = torch.tensor([(0, *tail) for tail in itertools.product(range(3), repeat=3)])
@@ -178,6 +180,7 @@ def test_rejects_mean_over_tokens(markov):
     assert log_probs.mean(-1).exp().sum().item() > 2
 
 
+@pytest.mark.rejects
 def test_rejects_counting_prompt_tokens(markov):
     """把提示 token 算进来，得到的是 log π(x, y)，不是 log π(y | x)。"""
     tokens = torch.tensor([[0, 2, 1, 1]])  # 前两个是提示
@@ -189,6 +192,7 @@ def test_rejects_counting_prompt_tokens(markov):
     assert abs(sequence_log_probs(log_probs, everything).item() - truth) > 0.5
 
 
+@pytest.mark.rejects
 def test_rejects_multiplying_by_the_mask():
     """被遮住的位置是 -inf 时，乘以 0 得 NaN；`masked_fill` 得到正确的 -1。"""
     log_probs = torch.tensor([[-1.0, -math.inf]])

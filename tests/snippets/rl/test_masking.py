@@ -193,6 +193,7 @@ def mean_over_rows_of_masked_values_first(losses, mask):
     return ((losses * mask).sum(0) / mask.sum(0).clamp(min=1)).mean()
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -408,6 +408,7 @@ def test_bad_arguments_are_refused():
 # ---------------------------------------------------------------- 必须被拒绝的错误写法
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", range(3))
 def test_rejects_the_token_ratio_is_unbiased(seed):
     logits, rollout, rewards = example(seed)
@@ -416,6 +417,7 @@ def test_rejects_the_token_ratio_is_unbiased(seed):
     assert relative(weighted_ascent("sequence", logits, rollout, rewards[:, None]), truth) < 1e-12
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", range(3))
 def test_rejects_the_inverted_ratio(seed):
     logits, rollout, rewards = example(seed)
@@ -424,6 +426,7 @@ def test_rejects_the_inverted_ratio(seed):
     assert relative(wrong, true_gradient(logits, rewards)) > 0.5
 
 
+@pytest.mark.rejects
 def test_rejects_the_geometric_mean_as_an_unbiased_weight():
     logits, rollout, rewards = example(0)
     log_ratio = log_probs_of(logits) - log_probs_of(rollout)
@@ -432,6 +435,7 @@ def test_rejects_the_geometric_mean_as_an_unbiased_weight():
     assert relative(wrong, true_gradient(logits, rewards)) > 0.2
 
 
+@pytest.mark.rejects
 def test_rejects_weights_left_in_the_graph():
     """-w·Â·log π 不切断 w，多出一项；要么切断，要么写成 -w·Â（不乘 log π），后者的梯度是对的。"""
     logits, rollout, rewards = example(0)
@@ -447,6 +451,7 @@ def test_rejects_weights_left_in_the_graph():
     torch.testing.assert_close(surrogate, truth)
 
 
+@pytest.mark.rejects
 def test_rejects_a_ratio_detached_inside_the_surrogate():
     """把 ρ 从图里切断又不乘 log π：梯度恒为 0。"""
     logits, rollout, rewards = example(0)
@@ -456,6 +461,7 @@ def test_rejects_a_ratio_detached_inside_the_surrogate():
         )
 
 
+@pytest.mark.rejects
 def test_rejects_a_proximal_policy_that_moves_with_the_gradient():
     """π_prox 取自当前前向却没有切断：u 恒为 1 且没有梯度，什么也不学。"""
     logits, rollout, rewards = example(0)
@@ -466,6 +472,7 @@ def test_rejects_a_proximal_policy_that_moves_with_the_gradient():
     assert right.abs().max() > 0.05
 
 
+@pytest.mark.rejects
 def test_rejects_recomputing_the_old_policy_as_a_correction():
     """把 π_old 重算成当前策略、不加权：ρ = 1，等于没有修正。"""
     logits, rollout, rewards = example(0)

@@ -301,6 +301,7 @@ def test_a_flat_list_of_scores_is_refused():
 # ---------------------------------------------------------------- 必须被拒绝的错误写法
 
 
+@pytest.mark.rejects
 def test_rejects_multiplying_by_beta():
     """「π* ∝ π_ref·e^{βr}」：β=0.4 时目标比数值最优低 0.1 以上；我们的与它相等。"""
     ref, rewards = random_world(0)
@@ -311,6 +312,7 @@ def test_rejects_multiplying_by_beta():
     torch.testing.assert_close(objective(ours, ref, rewards, 0.4), found)
 
 
+@pytest.mark.rejects
 def test_rejects_the_swapped_kl_direction():
     """惩罚 KL(π_ref‖π) 的最优解是 β·π_ref/(λ−r)，不是指数倾斜；两个解各自在对方的目标里更差。"""
     ref, rewards = random_world(0)
@@ -322,6 +324,7 @@ def test_rejects_the_swapped_kl_direction():
     assert objective(ours, ref, rewards, 0.4) - objective(swapped, ref, rewards, 0.4) > 0.02
 
 
+@pytest.mark.rejects
 def test_rejects_quoting_the_best_of_n_formula_as_exact():
     """两个等概率答案：真 KL 不超过 log 2，公式随 n 无限增大；n=64 时高估 2.4 nat 以上。"""
     ref, rewards = tensor([0.5, 0.5]), tensor([0.0, 1.0])
@@ -330,6 +333,7 @@ def test_rejects_quoting_the_best_of_n_formula_as_exact():
     assert kl_bound(64) - kl_with_zeros(best_of_n_policy(ref, rewards, n=64), ref) > 2.4
 
 
+@pytest.mark.rejects
 def test_rejects_ignoring_ties():
     """「F^n 的差只按次序算」：同分时任意排个先后，会把概率都给排在后面的那个。"""
     ref, rewards = tensor([0.4, 0.3, 0.3]), tensor([0.0, 1.0, 1.0])
@@ -340,6 +344,7 @@ def test_rejects_ignoring_ties():
     torch.testing.assert_close(best_of_n_policy(ref, rewards, n=3), truth)
 
 
+@pytest.mark.rejects
 def test_rejects_the_ranking_loss_summed_over_pairs():
     """不除以 K(K−1)/2：K=9 的提示权重是 K=2 的 36 倍；式 1 里每个提示权重相同。"""
     pair, nine = torch.zeros(1, 2), torch.zeros(1, 9)
@@ -348,6 +353,7 @@ def test_rejects_the_ranking_loss_summed_over_pairs():
     assert summed / bradley_terry_loss(nine).item() == pytest.approx(36)
 
 
+@pytest.mark.rejects
 def test_rejects_forward_kl_as_on_policy_distillation():
     """老师对学生的 KL（beta=0）是另一个数。"""
     student, teacher, mask = random_logits()

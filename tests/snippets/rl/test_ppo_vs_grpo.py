@@ -402,6 +402,7 @@ def wrong_grpo_k1_weight(log_probs, ref, mask):
     return -BETA * (log_probs - ref).masked_fill(~mask, 0.0)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -420,6 +421,7 @@ def test_wrong_reward_credit_is_rejected(wrong):
     assert (wrong(data["old"], data["ref"], MASK) - truth).norm() > 0.04 * truth.norm()
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "wrong",
     [wrong_grpo_sentence_level, wrong_grpo_flows_back, wrong_grpo_reversed_ratio, wrong_grpo_k1_weight],

@@ -612,6 +612,7 @@ WRONG = list(
 )
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG)
 def test_the_frozen_verl_values_reject(name):
     """对照的真值是 verl 的冻结数值：正确的写法差不到 1e-8，每种误写至少差 0.03。"""
@@ -625,6 +626,7 @@ def test_the_frozen_verl_values_reject(name):
     assert (wrong - truth).abs().max() > 0.03
 
 
+@pytest.mark.rejects
 def test_the_frozen_baseline_values_reject_group_std_and_raw_reward_std():
     case = GOLDEN["cases"]["padded/kl=0.0/gamma=1.0"]
     rewards, _, _ = golden_inputs()

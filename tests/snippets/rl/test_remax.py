@@ -432,6 +432,7 @@ def test_one_member_group_is_refused():
 # ---------------------------------------------------------------- 错误写法必须被拒绝
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_subtracting_the_baseline_at_every_token_before_cumsum(seed):
     """每个 token 都减 b 再累加：期望恰好是 E[r − b|y|] 的梯度，多了长度惩罚。"""
@@ -448,6 +449,7 @@ def test_rejects_subtracting_the_baseline_at_every_token_before_cumsum(seed):
     torch.testing.assert_close(policy.expected(wrong), policy.grad(penalized))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_dividing_by_the_sampled_length(seed):
     """基线除以 |y|，或整条损失按长度平均：b 都会多出 −b∇E[1/|y|]，b > 0 时推着回答变长。"""
@@ -500,6 +502,7 @@ def test_token_mean_bias_shrinks_like_one_over_the_batch(seed):
     assert 64 * error(64) == pytest.approx(128 * error(128), rel=0.05)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_discounting_the_difference_when_lengths_vary(seed):
     """折扣差值 γ^(T−t)·(r−b) 会改变期望梯度，因为系数依赖采到的长度；先折扣奖励、再减 b 反而不变。"""
@@ -519,6 +522,7 @@ def test_position_baseline_from_the_greedy_response_is_not_wrong():
     torch.testing.assert_close(policy.expected(policy.rewards[:, None] - per_position), policy.true_gradient)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_letting_the_gradient_flow_through_the_baseline(seed):
     """基线含 KL 时对 θ 可导，不切断就多出 +H(π)∇b；把 E[r] − b 当目标则多出 −∇b。"""
@@ -540,6 +544,7 @@ def test_rejects_letting_the_gradient_flow_through_the_baseline(seed):
     assert relative_error(objective, policy.true_gradient) > 0.5
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_training_on_the_response_that_serves_as_baseline(seed):
     """基线换成采样的一条，又拿这一条自己训练（优势恒 0）：两条平均后只剩一半梯度。"""
@@ -552,6 +557,7 @@ def test_rejects_training_on_the_response_that_serves_as_baseline(seed):
     assert relative_error(wrong, policy.true_gradient) > 0.49
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_the_group_maximum_as_baseline(seed):
     """把 Max 误解成组内最大奖励：基线含自己的奖励，有偏。"""
@@ -564,6 +570,7 @@ def test_rejects_the_group_maximum_as_baseline(seed):
     assert relative_error(wrong, policy.true_gradient) > 0.05
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejects_mixing_the_greedy_response_into_the_group(seed):
     """把贪心回答当第三个样本一起减均值、一起训练：它不是采样来的，有偏。"""
@@ -576,6 +583,7 @@ def test_rejects_mixing_the_greedy_response_into_the_group(seed):
     assert relative_error(wrong, policy.true_gradient) > 0.2
 
 
+@pytest.mark.rejects
 def test_rejects_the_opposite_sign():
     policy = Tabular(0)
     wrong = policy.expected(wide(policy.baseline - policy.rewards))

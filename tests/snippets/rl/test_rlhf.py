@@ -325,6 +325,7 @@ def wrong_inverse(log_probs, old, mask):
     return ((old - log_probs) * mask).sum(1) / mask.sum(1)
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("wrong", [wrong_arithmetic, wrong_product, wrong_padded_length, wrong_inverse])
 def test_wrong_ratios_are_rejected(wrong):
     log_probs, old, _, mask = batch(0.4)
@@ -333,6 +334,7 @@ def test_wrong_ratios_are_rejected(wrong):
     assert (wrong(log_probs, old, mask) - truth).abs().max() > 0.03
 
 
+@pytest.mark.rejects
 def test_detached_ratio_without_the_token_form_has_no_gradient():
     """式 14 若忘了 π/sg[π] 这一项，损失与参数无关。"""
     log_probs, old, advantages, mask = batch()
@@ -341,6 +343,7 @@ def test_detached_ratio_without_the_token_form_has_no_gradient():
     assert gspo_loss(log_probs, old, advantages, mask, clip_low=LOW, clip_high=HIGH).requires_grad
 
 
+@pytest.mark.rejects
 def test_token_widths_on_the_sequence_ratio_clip_nothing():
     """把 0.2 当作 GSPO 的 ε：每个 token 漂 ±0.05 也没有一条出界；论文的宽度裁掉五条里的三条以上。"""
     log_probs, old, _, mask = batch()

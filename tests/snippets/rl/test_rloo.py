@@ -622,6 +622,7 @@ def inverse_factor(rewards):
     return (len(rewards) - 1) / len(rewards) * (rewards - rewards.mean())
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("wrong", "biased"),
     [
@@ -663,6 +664,7 @@ def length_normalised_ratio(log_probs, old_log_probs, advantages, mask):
     return -log_ratio.exp() * advantages
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("wrong", "sampler"),
     [(mean_log_prob, THETA), (token_ratio, OLD_THETA), (length_normalised_ratio, OLD_THETA)],
@@ -677,6 +679,7 @@ def test_wrong_sequence_losses_are_rejected(wrong, sampler):
     assert (theirs - truth).norm() / truth.norm() > 0.2 and angle(theirs, truth) > 5
 
 
+@pytest.mark.rejects
 def test_kl_with_the_wrong_sign_is_rejected():
     """把减号写成加号：期望梯度变成「奖励 + βKL」的梯度，与真值差 2β∇KL，这里是 40% 以上。"""
     log_probs, ref = response_log_probs(THETA), response_log_probs(REF_THETA)
@@ -687,6 +690,7 @@ def test_kl_with_the_wrong_sign_is_rejected():
     assert (theirs - truth).norm() / truth.norm() > 0.4
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_k1_in_the_loss_does_nothing_whatever_its_sign(sign):
     """k1 直接加进损失，期望梯度是 ±β E[∇log π] = 0，等于没有 KL；与带 KL 的真值差 20% 以上。"""
@@ -702,6 +706,7 @@ def test_k1_in_the_loss_does_nothing_whatever_its_sign(sign):
     assert (theirs - truth).norm() / truth.norm() > 0.2
 
 
+@pytest.mark.rejects
 def test_std_of_the_others_explodes():
     """留一均值再除以「其余几条」的标准差：(1,0,0,0) 里第一条的其余全是 0，标准差 0，ε=1e-6 时优势是一百万。"""
     rewards = tensor([1.0, 0.0, 0.0, 0.0])

@@ -396,6 +396,7 @@ def test_float32_in_float32_out():
 # ---- 流传的错误写法 ----
 
 
+@pytest.mark.rejects
 def test_rejects_the_missing_jacobian():
     """不减 log(1−tanh²u)：μ=0、σ=1 时「密度」的积分是 0.606，不是 1。"""
 
@@ -406,6 +407,7 @@ def test_rejects_the_missing_jacobian():
     assert integral(tanh_gaussian_log_prob, 0.0, 1.0) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.rejects
 def test_rejects_the_jacobian_with_a_plus_sign():
     def wrong(mean, log_std, u):
         gaussian = Normal(mean, log_std.exp()).log_prob(u)
@@ -414,6 +416,7 @@ def test_rejects_the_jacobian_with_a_plus_sign():
     assert abs(integral(wrong, 0.0, 1.0) - 1) > 0.4
 
 
+@pytest.mark.rejects
 def test_rejects_adding_1e_minus_6_inside_the_log():
     """log(1−tanh²u+1e-6)：float32、u=10 时得到 −13.8，真值 −18.6；梯度 0，真值 −2。"""
     u = torch.tensor([[10.0]], requires_grad=True)
@@ -423,6 +426,7 @@ def test_rejects_adding_1e_minus_6_inside_the_log():
     assert torch.autograd.grad(ours.sum(), u)[0].item() == pytest.approx(2)
 
 
+@pytest.mark.rejects
 def test_rejects_the_maximum_of_the_twins():
     """两个估计各带独立的 N(0,1) 误差：取小偏低 1/√π=0.564，取大偏高同样多。"""
     noise = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -432,6 +436,7 @@ def test_rejects_the_maximum_of_the_twins():
     assert torch.maximum(noise[0], noise[1]).mean().item() > 0.55
 
 
+@pytest.mark.rejects
 def test_rejects_the_entropy_with_the_wrong_sign():
     """+α·logπ 会惩罚随机：备份出的值低于 E[Q]，与精确评估差 2αγH。"""
     rewards, transitions = random_mdp()
@@ -445,6 +450,7 @@ def test_rejects_the_entropy_with_the_wrong_sign():
     assert (ours - wrong).item() == pytest.approx(2 * 0.5 * math.log(3))
 
 
+@pytest.mark.rejects
 def test_rejects_bootstrapping_through_termination():
     """一步就终止、奖励恒为 1：真值 1；乘 γ 继续自举会收敛到 1/(1−γ)=10。"""
     x, one = tensor([0.0]), tensor([1.0])
@@ -455,6 +461,7 @@ def test_rejects_bootstrapping_through_termination():
     assert ours.item() == 1 and wrong.item() == pytest.approx(10)
 
 
+@pytest.mark.rejects
 def test_rejects_the_temperature_sign():
     """梯度反号：熵不停在目标 1.0，温度跑到截断值。"""
     q = randn(5)
@@ -462,6 +469,7 @@ def test_rejects_the_temperature_sign():
     assert (alpha > 1e8 or alpha < 1e-8) and abs(entropy - 1.0) > 0.5
 
 
+@pytest.mark.rejects
 def test_rejects_plus_the_dimension_as_target():
     """(−1,1) 上每维的熵至多 log 2=0.693（均匀分布）；目标 +1 达不到，温度的梯度永远让它升。"""
     widest = -math.inf
@@ -478,6 +486,7 @@ def test_rejects_plus_the_dimension_as_target():
     assert 0.66 < widest < math.log(2)
 
 
+@pytest.mark.rejects
 def test_rejects_uniform_reference_as_maximum_entropy_when_action_counts_differ():
     """「均匀参考就是最大熵」：每个状态差 α·log|A|，可用动作数不同时策略也不同。"""
     rewards = tensor([[0.0, 0.0, -math.inf, -math.inf], [1.0] + [-math.inf] * 3, [0.8] * 4])

@@ -259,18 +259,21 @@ def test_other_bad_arguments_are_refused():
 # ---- 流传的错误说法 ----
 
 
+@pytest.mark.rejects
 def test_rejects_zero_mean_means_zero_gradient():
     """「优势均值是零，期望梯度就是零」：越界之后不是。"""
     exact = enumerated_coefficients([0.5, 1.5], 8, 0.5, 0.2, 0.2)
     assert exact[0] > 0.2 and exact[1] < -0.6
 
 
+@pytest.mark.rejects
 def test_rejects_a_symmetric_bias():
     """「上下对称，互相抵消」：到 1 等距的两侧系数不相反，比值是 ρ 之比 3。"""
     exact = enumerated_coefficients([0.5, 1.5], 8, 0.5, 0.2, 0.2)
     assert (-exact[1] / exact[0]).item() == pytest.approx(3.0)
 
 
+@pytest.mark.rejects
 def test_rejects_a_bias_that_pushes_outwards():
     """「越过上界的继续往上推」：符号反了，枚举的系数把它拉回来。"""
     exact = enumerated_coefficients(RATIOS, 6, 0.5, 0.2, 0.2)
@@ -279,12 +282,14 @@ def test_rejects_a_bias_that_pushes_outwards():
     assert (outward - exact).abs().max() > 2
 
 
+@pytest.mark.rejects
 def test_rejects_counting_clipped_tokens_as_pushed():
     """「被裁剪就没有作用」：把越界的 token 两种优势都丢掉，期望是零，与真实的裁剪不同。"""
     exact = enumerated_coefficients([1.5], 8, 0.5, 0.2, 0.2)
     assert exact.abs().item() > 0.6
 
 
+@pytest.mark.rejects
 def test_rejects_needing_a_fair_coin():
     """「只有概率 ½ 才成立」：γ=0.2 的优势偏斜明显，均值仍是零，公式仍与枚举一致（见上）。"""
     advantages, chance = enumerate_rewards(6, 0.2)

@@ -220,6 +220,7 @@ def test_schema_has_the_shape_transformers_builds_from_a_signature():
     assert ours == theirs
 
 
+@pytest.mark.rejects
 def test_arguments_left_as_a_string_are_rejected_by_the_sdk():
     """误传：把模型给的 arguments 原样放进 tools/call。它是字符串，MCP 要对象。"""
     ours = tool_call_to_request(TOOL_CALL, request_id=1, meta=META)["params"]

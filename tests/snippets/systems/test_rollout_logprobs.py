@@ -411,6 +411,7 @@ def test_bad_arguments_are_refused():
 # ---------------------------------------------------------------- 必须被拒绝的错误写法
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("seed", range(3))
 def test_rejects_wrong_weights(seed):
     """真值：样本真来自 π_old 的梯度。每种流传的写法都差 5% 以上，正确的写法差不到 1e-10。"""
@@ -443,6 +444,7 @@ def test_rejects_wrong_weights(seed):
         assert relative(expected_gradient(loss, logits, engine), truth) > 0.05, name
 
 
+@pytest.mark.rejects
 def test_rejects_multiplying_before_the_clip():
     """权重乘进比值再裁剪：有的 token 因训推误差被裁，没有梯度；乘在外面，第一步谁也不被裁。"""
     _, old_logits, engine, advantages = example(0)

@@ -265,6 +265,7 @@ def test_bad_arguments_raise():
 # 误传
 
 
+@pytest.mark.rejects
 def test_async_is_not_always_faster():
     """误传：同一组抽样下异步一定不慢。先到先得的反例：锁步 28，异步 29，逐秒的模拟器也是 29。"""
     gen = [[5, 2, 6], [2, 1, 2], [5, 5, 5], [2, 3, 1]]
@@ -273,6 +274,7 @@ def test_async_is_not_always_faster():
     assert simulate_async(gen, tool, slots=2).makespan == 29 == max(tick_simulator(gen, tool, 2)[0])
 
 
+@pytest.mark.rejects
 def test_wrong_schedules_are_rejected():
     """三种常见的错：等工具时占着槽；把锁步写成逐轮「生成加工具」的最大；用平均代替最大。都与手算的真值不等。"""
     gen, tool = [[2, 1], [4, 2], [3, 1]], [[3, 1], [1, 0], [1, 6]]

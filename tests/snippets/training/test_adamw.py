@@ -370,6 +370,7 @@ def test_the_two_right_orders_are_the_same():
     assert final_gap(lambda p, g, m, v, t: adamw_step(p, g, m, v, step=t, **settings)) < 1e-14
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("wrong", "margin"),
     [
@@ -384,11 +385,13 @@ def test_rejects(wrong, margin):
     assert final_gap(variant(**wrong)) > margin
 
 
+@pytest.mark.rejects
 def test_rejects_decay_through_the_gradient():
     settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     assert final_gap(lambda p, g, m, v, t: adam_l2_step(p, g, m, v, step=t, **settings)) > 1e-2
 
 
+@pytest.mark.rejects
 def test_rejects_epsilon_before_the_correction():
     """ε 加在没有校正的 √v 上（论文 §2 末的等价写法用的是另一个 ε̂）：等于把 ε 放大 1/√(1−β₂^t)。"""
 
@@ -400,6 +403,7 @@ def test_rejects_epsilon_before_the_correction():
     assert final_gap(hat) > 1e-3
 
 
+@pytest.mark.rejects
 def test_rejects_the_sum_up_to_t():
     """「Σ_{i=0}^{t} β^i=(1−β^t)/(1−β)」：多一项；滑动平均里恰有 t 个梯度，权的和由恒定梯度量出。"""
     beta, t = 0.9, 5

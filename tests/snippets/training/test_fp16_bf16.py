@@ -440,6 +440,7 @@ def wrong_flush(x):
     return to_bf16(torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x))
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     ("wrong", "share"), [(wrong_truncate, 0.41), (wrong_half_up, 0.08), (wrong_flush, 0.0025)]
 )
@@ -452,6 +453,7 @@ def test_wrong_roundings_differ_from_torch(wrong, share):
     assert torch.equal(to_bf16(x).double(), x.to(torch.bfloat16).double())
 
 
+@pytest.mark.rejects
 def test_truncation_is_biased_towards_zero_and_rne_is_not():
     generator = torch.Generator().manual_seed(6)
     x = torch.rand(100_000, generator=generator) + 1.0
@@ -459,6 +461,7 @@ def test_truncation_is_biased_towards_zero_and_rne_is_not():
     assert -0.51 < bias[0] < -0.49 and abs(bias[1]) < 0.01
 
 
+@pytest.mark.rejects
 def test_rounding_a_nan_without_a_check_gives_minus_zero_or_infinity():
     """0x7FFFFFFF 进位成 0x8000（−0）；0x7F800001 的负载全在低半，截断后就是无穷。"""
     nans = f32_from_bits(torch.tensor([0x7FFFFFFF, 0x7F800001]))
@@ -484,6 +487,7 @@ class UnscaleInHalf(DynamicLossScaler):
         return param - lr * (scaled_grad / self.scale).float()
 
 
+@pytest.mark.rejects
 def test_unscaling_happens_in_float32():
     """放大后是 2⁻¹⁰，除以 2¹⁶ 是 2⁻²⁶：fp16 里舍成零，float32 里走 2⁻²⁶·2²⁵ = 0.5。"""
     scaled, options = torch.full((1,), 2.0**-10, dtype=torch.float16), {"lr": 2.0**25, "max_norm": math.inf}
@@ -492,6 +496,7 @@ def test_unscaling_happens_in_float32():
     assert UnscaleInHalf(init_scale=2.0**16).step(start, scaled, **options).item() == 1.0
 
 
+@pytest.mark.rejects
 def test_wrong_scalers_are_rejected():
     """不跳过：参数变成 NaN 或无穷。先裁剪再除回：步长小了 S 倍。"""
     inf_grad, grad = torch.tensor([math.inf, 1.0]), torch.tensor([3.0, 4.0]) * 1024

@@ -406,6 +406,7 @@ def test_the_oracle_accepts_the_right_version():
     assert path_error(run(grad_accum_steps=2, max_norm=CLIP)[0]) < 1e-12
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize(
     "bug",
     [

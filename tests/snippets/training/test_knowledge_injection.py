@@ -226,6 +226,7 @@ def greedy_only_category(greedy):
     return "HighlyKnown" if greedy.all() else "MaybeKnown" if greedy.any() else "Unknown"
 
 
+@pytest.mark.rejects
 def test_pooling_all_answers_is_rejected():
     """贪心全对、采样全错：定义是 HighlyKnown，混合正确率只有 1/4。贪心全错、采样全对：定义是 WeaklyKnown。"""
     high = booleans([[1, 1]]), booleans([[[0, 0, 0], [0, 0, 0]]])
@@ -234,12 +235,14 @@ def test_pooling_all_answers_is_rejected():
     assert knowledge_category(*weak) == ["WeaklyKnown"] and pooled_category(*weak) == "MaybeKnown"
 
 
+@pytest.mark.rejects
 def test_greedy_only_is_rejected():
     greedy, sampled = booleans([[0, 0]]), booleans([[[0, 1], [0, 0]]])
     assert knowledge_category(greedy, sampled) == ["WeaklyKnown"]
     assert greedy_only_category(greedy) == "Unknown"
 
 
+@pytest.mark.rejects
 def test_linear_overlap_and_inverse_root_dimension_are_rejected():
     """误传：期望平方位移与 c 成正比、与 1/√d 成正比。真值是 c=0.5、d=4 时的精确平方内积。"""
     exact = 0.5**2 + (1 - 0.5**2) / 4  # 手算：0.25+0.1875
@@ -248,6 +251,7 @@ def test_linear_overlap_and_inverse_root_dimension_are_rejected():
         assert abs(wrong / exact - 1) > 0.1
 
 
+@pytest.mark.rejects
 def test_hebbian_write_is_rejected():
     """误传：不看误差，直接加 v k^T。已经会的事实会被写第二遍，读出变成两倍。"""
     memory, keys = randn(VALUES, KEY_DIM, seed=1), unit(1, KEY_DIM, g=generator(7))

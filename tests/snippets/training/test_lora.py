@@ -393,12 +393,14 @@ def test_an_unknown_choice_of_targets_is_refused():
 # ---- 流传的错误写法 ----
 
 
+@pytest.mark.rejects
 def test_rejects_scaling_by_r_over_alpha():
     _, peft = ours_and_peft()
     assert abs(R / ALPHA - peft.scaling["default"]) > 0.5
     assert lora_scaling(r=R, alpha=ALPHA) == peft.scaling["default"]
 
 
+@pytest.mark.rejects
 def test_rejects_both_zero_and_both_random():
     """两者都零：两个梯度都恰好是 0，永远不动；两者都随机：起点的输出已经变了。"""
     x = rand(4, IN, seed=5)
@@ -410,6 +412,7 @@ def test_rejects_both_zero_and_both_random():
     assert (both(x) - both.base(x)).abs().max() > 1
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("r", [1, 4])
 def test_rejects_merging_a_times_b(r):
     """方阵且 r=d，或 r=1 被广播时，A@B 也能相加，但不是同一个矩阵。"""
@@ -424,6 +427,7 @@ def test_rejects_merging_a_times_b(r):
     assert (wrong + layer.base.bias - out).abs().max() > 0.1
 
 
+@pytest.mark.rejects
 def test_rejects_unmerging_without_the_scaling():
     ours, _ = ours_and_peft()
     before = ours.base.weight.clone()
@@ -434,6 +438,7 @@ def test_rejects_unmerging_without_the_scaling():
     torch.testing.assert_close(ours.base.weight, before)
 
 
+@pytest.mark.rejects
 def test_rejects_dropout_on_the_output():
     """dropout 放在支路输出：同一个种子下与 peft 不同；期望相同，但被丢的是输出的分量。"""
     ours, peft = ours_and_peft(dropout=0.4)
@@ -447,6 +452,7 @@ def test_rejects_dropout_on_the_output():
     torch.testing.assert_close(ours(x), expected)
 
 
+@pytest.mark.rejects
 def test_rejects_the_untransposed_delta_on_conv1d():
     """GPT-2 的 Conv1D 把权重存成 (in, out)：方阵时不转置也能相加，结果却不对；peft 加的是 ΔW 的转置。"""
     model = tiny_gpt2(11)

@@ -688,6 +688,7 @@ def _wrong_versions(sequences):
     }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", list(_wrong_versions(make_sequences())))
 def test_wrong_version_is_rejected(name):
     model, sequences = make_model(), make_sequences()

@@ -489,6 +489,7 @@ def test_shared_storage_and_parameters_are_counted_once():
     assert saved_bytes(Twice(), torch.ones(6, requires_grad=True)) == 2 * 24
 
 
+@pytest.mark.rejects
 def test_popular_wrong_counts_are_rejected():
     """每个错误写法与真的字节数差至少 5%。"""
     batch, length, width, heads = shape = SHAPES[0]

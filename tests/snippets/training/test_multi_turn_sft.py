@@ -421,11 +421,13 @@ WRONG = {
 }
 
 
+@pytest.mark.rejects
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_constructions_are_rejected(turns, truth, name):
     assert relative(library_gradient(llama(), WRONG[name](turns)), truth) > 0.05
 
 
+@pytest.mark.rejects
 def test_no_shift_is_rejected(turns, truth):
     """不移位：位置 t 的 logits 对着自己的 token，变成抄写输入。"""
     ids, labels = build_labels(turns)
@@ -436,5 +438,6 @@ def test_no_shift_is_rejected(turns, truth):
     assert relative(torch.cat([g.flatten() for g in grads]), truth) > 0.5
 
 
+@pytest.mark.rejects
 def test_per_row_mean_is_rejected(turns, truth):
     assert relative(library_gradient(llama(), split_turns(turns), per_row=True), truth) > 0.2

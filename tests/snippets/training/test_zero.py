@@ -270,6 +270,7 @@ def test_optimizer_defaults_are_those_of_torch_and_lr_is_used(runs):
     torch.testing.assert_close(runs[0]["lr"]["parameters"], single_process(1, lr=0.1)[1], **TIGHT)
 
 
+@pytest.mark.rejects
 def test_summed_instead_of_averaged_gradient_is_rejected(runs):
     """归约后忘了除以进程数，梯度是 3 倍；同一个真值下差出容差的一万倍以上。"""
     wrong, truth = (single_process(1, scale=scale, eps=EPS)[1] for scale in (DP_SIZE, 1))
@@ -307,6 +308,7 @@ def test_fetch_seconds_by_hand():
     assert fetch_seconds(120, is_split=True, **on_gpu) == 9
 
 
+@pytest.mark.rejects
 def test_wrong_memory_formulas_are_rejected():
     """流传的错法：忘了除、连权重也除、乘 12/N、漏了主权重。同一个真值：论文图 1 的 31.4、16.6、1.9。"""
     psi, n, truth = 7.5, 64, (31.4, 16.6, 1.9)
@@ -323,6 +325,7 @@ def test_wrong_memory_formulas_are_rejected():
         assert any(abs(value - paper) > 0.2 for value, paper in zip(values, truth, strict=True)), name
 
 
+@pytest.mark.rejects
 def test_wrong_traffic_formulas_are_rejected(runs):
     """第 2 级当成 all-reduce 再收集（3 趟）；第 3 级只收集一次（2 趟）：都与数出来的字节不符。"""
     once = PADDED * 8 * (DP_SIZE - 1) / DP_SIZE * STEPS
@@ -330,6 +333,7 @@ def test_wrong_traffic_formulas_are_rejected(runs):
     assert runs[0]["zero"][3, 1]["sent"] == 3 * once != 2 * once
 
 
+@pytest.mark.rejects
 def test_unreduced_gradient_shard_is_rejected():
     """每张卡拿自己本地梯度的那一份直接更新，不归约：与整批的一步不同。"""
     parameters = [nn.Parameter(layer.clone()) for layer in LAYERS]
