@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import topics
+from . import cards, questions, topics
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="执行笔记（缓存里没有的），写出片段")
     run.add_argument("key", nargs="?", help="只执行一份，如 rl/clip")
     commands.add_parser("topics", help="列出笔记中还没有页面的标题")
+    commands.add_parser("cards", help="写出 Anki 牌组 cards.apkg；有 SITE_URL 时牌上带链接")
     commands.add_parser("browser", help="找到（没有就装上）测试用的 Chromium，打印路径")
     commands.add_parser("clean", help="删去全部缓存")
     args = parser.parse_args(argv)
@@ -48,6 +49,22 @@ def _topics(project: Project, args: argparse.Namespace) -> int:
     return 0
 
 
+def _cards(project: Project, args: argparse.Namespace) -> int:
+    config = project.root / "mkdocs.yml"
+    if not config.is_file():
+        raise KbsiteError(f"{config} 不存在：要在项目根运行，或用 --root 指定。")
+    headings = topics.read_headings(project.root / "topics.yml")
+    found = questions.read_questions(questions.read_nav(config), project.root / "docs", headings)
+    if not found:
+        raise KbsiteError(f"{config}: 导航里没有一页的 front matter 有 answer，做不出牌。")
+    url = os.environ.get("SITE_URL", "")
+    file = project.root / "cards.apkg"
+    file.write_bytes(cards.package(found, url, cards.modified_time()))
+    link = f"链接指向 {url}" if url else "没有 SITE_URL，牌上不带链接"
+    print(f"写出 {file}：{len(found)} 张牌；{link}。在 Anki 里用「文件 → 导入」打开它。")
+    return 0
+
+
 def _browser(project: Project, args: argparse.Namespace) -> int:
     from .browser import ensure_chromium
 
@@ -60,7 +77,7 @@ def _clean(project: Project, args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "topics": _topics, "browser": _browser, "clean": _clean}
+COMMANDS = {"run": _run, "topics": _topics, "cards": _cards, "browser": _browser, "clean": _clean}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,8 @@ from mkdocs.plugins import event_priority  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
-from mkdocs.utils.meta import get_data  # noqa: E402
 
-from kbsite import machine, pages, questions, topics, verification  # noqa: E402
+from kbsite import cards, machine, pages, questions, topics, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -33,6 +32,7 @@ from kbsite.search.sections import SearchPage, cut  # noqa: E402
 log = logging.getLogger("mkdocs.plugins.kbsite")
 
 MATH_FOLDER = "assets/math"
+CARDS = "interviews/cards.apkg"
 OFFLINE_WORKER = "assets/javascripts/iframe-worker.js"
 
 # 库的逐页日志会淹没我们自己的输出
@@ -43,7 +43,7 @@ for _name in ("mkdocs.plugins.mkdocs_jupyter", "mkdocs.mkdocs-jupyter"):
 class _Build:
     """一次构建的状态；每次构建（含 serve 的重建）都是新的。"""
 
-    def __init__(self, project: Project, built: Built):
+    def __init__(self, project: Project, built: Built, config):
         self.project = project
         self.built = built
         self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
@@ -52,10 +52,10 @@ class _Build:
         self.used_labels: set[str] = set()
         self.math_errors: list[str] = []
         self.formulas = 0
-        self.questions: list[questions.Question] = []
         self.machine: dict[str, str] = {}
         file = project.root / "topics.yml"
         self.headings = topics.read_headings(file) if file.is_file() else []
+        self.questions = questions.read_questions(config.nav, Path(config.docs_dir), self.headings)
 
 
 _build: _Build | None = None
@@ -87,17 +87,20 @@ def on_pre_build(config):
     global _build
     project = Project(Path(config.config_file_path).parent)
     try:
-        _build = _Build(project, build_notebooks(project))
+        _build = _Build(project, build_notebooks(project), config)
     except KbsiteError as error:
         raise PluginError(str(error)) from None
 
 
 @event_priority(100)  # 在 mkdocs-jupyter 之前：它在 on_files 里认领 .ipynb
 def on_files(files, config):
-    """把执行过的笔记放进站点；题目在这里读好，页面才能互相引用。"""
+    """把执行过的笔记与 Anki 牌组放进站点。"""
     if _offline():
         script = _build.project.node_modules / "iframe-worker/shim/index.js"
         files.append(File.generated(config, OFFLINE_WORKER, abs_src_path=str(script)))
+    if _build.questions:
+        content = cards.package(_build.questions, config.site_url or "", cards.modified_time())
+        files.append(File.generated(config, CARDS, content=content))
     folder = _build.project.ipynb
     for key in _build.built.ipynb:
         files.append(
@@ -108,7 +111,6 @@ def on_files(files, config):
                 config.use_directory_urls,
             )
         )
-    _build.questions = list(_questions(config, files))
     return files
 
 
@@ -239,32 +241,6 @@ def on_build_error(error):
         _build.math.close()
 
 
-def _nav_pages(config, files):
-    """导航里各节的页面：（节名、文件、front matter），按导航的顺序。"""
-    for section in config.nav or []:
-        for name, entries in section.items() if isinstance(section, dict) else ():
-            for entry in entries if isinstance(entries, list) else ():
-                file = files.get_file_from_path(entry) if isinstance(entry, str) else None
-                if file:
-                    yield name, file, get_data(file.content_string)[1]
-
-
-def _questions(config, files):
-    """导航里有一句话回答的页面。"""
-    for name, file, meta in _nav_pages(config, files):
-        if "answer" in meta:
-            key = file.src_uri.removesuffix(".md")
-            yield questions.Question(
-                key,
-                meta["title"],
-                name,
-                meta.get("difficulty", 0),
-                str(meta["answer"]).strip(),
-                (*meta.get("tags", ()), *topics.headings_of(_build.headings, key)),
-                str(meta.get("verified", "")),
-            )
-
-
 def _address(config, url: str, base: str) -> str:
     """站内地址：知道部署在哪里就写全，否则相对 `base`。"""
     return urljoin(config.site_url, url) if config.site_url else get_relative_url(url, base)
@@ -285,7 +261,10 @@ def _machine_link(target: str, origin: File, files, config) -> str:
 def _llms_txt(config, files) -> str:
     """各节的专题页指向 Markdown；没有一句话回答的页面（目录、API、关于）列在 Optional，指向网页。"""
     sections, others = {}, []
-    for name, file, meta in _nav_pages(config, files):
+    for name, key, meta in questions.nav_pages(config.nav, Path(config.docs_dir)):
+        file = files.get_file_from_path(f"{key}.md")
+        if file is None:  # 导航里写错了，MkDocs 会报
+            continue
         title = meta.get("title", name)
         if "answer" in meta:
             url = _address(config, machine.markdown_url(file.url), "llms.txt")

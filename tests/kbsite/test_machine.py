@@ -178,10 +178,10 @@ def topic(project):
     project.write("docs/rl/index.md", "---\ntitle: 目录\ndescription: 一节。\n---\n\n# 目录\n")
     project.write(
         "docs/rl/demo.md",
-        "---\ntitle: 演示\ndescription: 说明\nanswer: 答 </script>\n---\n\n# 演示\n\n{{ answer }}\n\n"
+        "---\ntitle: 演示\ndescription: 说明\ndifficulty: 2\nanswer: 答 </script>\n---\n\n# 演示\n\n{{ answer }}\n\n"
         '[另](other.md#x)、[目录](index.md)\n\n--8<-- "rl/demo/out.md"\n',
     )
-    project.write("docs/rl/other.md", "---\ntitle: 另\nanswer: 乙\n---\n\n# 另\n\n## x\n")
+    project.write("docs/rl/other.md", "---\ntitle: 另\ndifficulty: 1\nanswer: 乙\n---\n\n# 另\n\n## x\n")
     project.notebook("rl/demo", "# %%\n#| label: out\nprint('算出来的')\n")
     text = (project.root / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[0]
     pages = ["rl/index.md", "rl/demo.md", "rl/other.md"]

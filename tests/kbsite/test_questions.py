@@ -13,10 +13,17 @@ QUESTIONS = [
 
 def test_each_question_links_to_its_page_and_keeps_its_answer():
     text = fill_questions("前\n\n{{ questions }}\n\n后", QUESTIONS, "interviews/index.md")
-    assert "[裁剪（Clip）](../rl/clip.md)" in text and "[AdamW](../training/adamw.md)" in text
+    assert "](../rl/clip.md)" in text and "](../training/adamw.md)" in text
     assert "限制 $\\rho$。" in text and 'data-words="PPO clip 细节"' in text
     assert text.index("rl/clip.md") < text.index("training/adamw.md")
-    assert text.startswith("前\n\n<form") and text.endswith("</ol>\n\n后")
+    assert text.startswith("前\n\n<form") and text.endswith("</form>\n\n后")
+
+
+def test_an_answer_is_folded_under_its_title_not_in_it():
+    text = fill_questions("{{ questions }}", QUESTIONS, "interviews/index.md")
+    summary, _, body = text.partition("<summary")[2].partition("</summary>")
+    assert "裁剪（Clip）" in summary and "强化学习 · 难度 2" in summary
+    assert "限制" not in summary and body.partition("</details>")[0].strip().startswith("限制")
 
 
 def test_sections_are_offered_once_in_the_order_of_the_pages():
@@ -45,11 +52,13 @@ def test_built_index_lists_pages_with_answers_only_and_stays_out_of_search(proje
     result = project.build("--strict")
     assert result.returncode == 0, result.stderr
     html = project.page("all")
-    assert re.findall(r'<li data-difficulty="(\d)" data-section="(.*?)" data-words="(.*?)">', html) == [
-        ("2", "强化学习", "标签甲")
+    items = re.findall(r"<li data-difficulty.*?>", html)
+    assert items == [
+        '<li data-difficulty="2" data-key="rl/demo" data-section="强化学习" data-words="标签甲">'
     ]
+    assert re.search(r"<details>\s*<summary>演示（Demo）", html)
     assert 'href="../rl/demo/"' in html and 'data-tex="a^2"' in html and "questions.js" in html
-    assert "questions.js" not in project.page("rl/demo")
+    assert "questions.js" not in project.page("rl/demo") and "selftest.js" not in project.page("rl/demo")
     texts = [
         json.loads(path.read_text(encoding="utf-8")) for path in project.root.glob("site/search/*/p*.json")
     ]
