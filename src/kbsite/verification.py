@@ -264,7 +264,9 @@ def _pages(counts: Counts, questions: list[Question], folder: str) -> str:
         link = f"[{question.title}]({posixpath.relpath(f'{question.key}.md', folder or '.')})"
         rows.append((link, *_numbers(counts.total([question.key])), "、".join(file.oracles if file else ())))
     table = _table(("页面", "断言", "测试", "其中拒绝", "独立的对照"), rows)
-    return '??? note "每一页"\n\n' + "\n".join(f"    {row}" for row in table.splitlines())
+    rows = "\n".join(f"    {row}" for row in table.splitlines())
+    # 不进搜索索引：题目在自己的页面里已有，这里再出现一次只会挤掉那一页
+    return f'<div data-search-exclude="true" markdown="block">\n\n??? note "每一页"\n\n{rows}\n\n</div>'
 
 
 def _numbers(counter: Counter) -> tuple[int, int, int]:

@@ -125,7 +125,13 @@ def test_taking_one_away_lowers_exactly_that_number(small, name, old, new, numbe
 
 
 def test_tables_hold_the_counts_and_link_the_pages(small):
-    rows = table(small).splitlines()
+    text = table(small)
+    rows = text.splitlines()
+    # 搜索插件看过这个属性就去掉它，成页里没有
+    assert (
+        text.count('<div data-search-exclude="true" markdown="block">\n\n??? note "每一页"\n\n    | 页面')
+        == 1
+    )
     assert "| 强化学习 | 1 | 4 | 3 | 2 |" in rows and "| 训练 | 1 | 0 | 0 | 0 |" in rows
     assert "    | [演示（Demo）](../rl/demo.md) | 4 | 3 | 2 | PEFT、TRL、verl（冻结）、枚举 |" in rows
     assert "    | [另一页](../training/other.md) | 0 | 0 | 0 |  |" in rows
@@ -248,11 +254,14 @@ def test_every_frozen_library_has_a_name_on_the_page():
     assert names - {"torch", "numpy"} == set(FROZEN)
 
 
-def test_built_page_shows_the_number_of_formulas(project):
+def test_built_page_counts_the_formulas_and_folds_the_pages(project):
     project.write("docs/about/v.md", "# 验证\n\n{{ verification }}\n\n$a$、$b$\n")
-    project.write("docs/index.md", "# 首页\n\n$c$\n")
+    project.write("docs/rl/demo.md", "---\ntitle: 演示页\nanswer: 答 $c$\n---\n\n# 演示页\n\n{{ answer }}\n")
     project.nav("index.md", "about/v.md")
+    text = (project.root / "mkdocs.yml").read_text(encoding="utf-8")
+    project.write("mkdocs.yml", text + "  - 强化学习:\n      - rl/demo.md\n")
     result = project.build("--strict")
     assert result.returncode == 0, result.stderr
     html = project.page("about/v")
     assert re.search(r"排好的公式</td>\s*<td>3</td>", html) and "{{" not in html
+    assert re.search(r'<details.*?<td><a href="../../rl/demo/">演示页</a></td>.*?</details>', html, re.S)
