@@ -1,8 +1,9 @@
-"""真实站点测试共用的东西：建站、列出网页、记下浏览器里的毛病。"""
+"""真实站点测试共用的东西：建站、列出与解析网页、记下浏览器里的毛病。"""
 
 import os
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,36 @@ def html_pages(site):
     return sorted(
         path.relative_to(site).as_posix().removesuffix("index.html") for path in site.rglob("index.html")
     )
+
+
+class Page(HTMLParser):
+    """收集一个网页的标题、id、链接与 meta。"""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.ids, self.links, self.canonical, self.meta, self.title = [], [], [], {}, ""
+        self._in_title = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        for name in ("href", "src"):
+            if attrs.get(name) and tag not in ("use",):
+                self.links.append((tag, attrs[name]))
+        if attrs.get("rel") == "canonical":
+            self.canonical.append(attrs["href"])
+        if tag == "meta" and "name" in attrs:
+            self.meta[attrs["name"]] = attrs.get("content")
+        self._in_title = tag == "title" and not self.title
+
+    def handle_data(self, data):
+        if self._in_title:
+            self.title += data
+
+    def handle_endtag(self, tag):
+        self._in_title = False
 
 
 class Visitor:

@@ -3,41 +3,10 @@
 import json
 import posixpath
 import re
-from html.parser import HTMLParser
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
-from sitetools import REPOSITORY_URL, ROOT, html_pages
-
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-
-
-class Page(HTMLParser):
-    """收集 id、链接、meta；顺便检查内联脚本以外的结构。"""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.ids, self.links, self.meta, self.title = [], [], {}, ""
-        self._in_title = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
-        for name in ("href", "src"):
-            if attrs.get(name) and tag not in ("use",):
-                self.links.append((tag, attrs[name]))
-        if tag == "meta" and "name" in attrs:
-            self.meta[attrs["name"]] = attrs.get("content")
-        self._in_title = tag == "title" and not self.title
-
-    def handle_data(self, data):
-        if self._in_title:
-            self.title += data
-
-    def handle_endtag(self, tag):
-        self._in_title = False
+from sitetools import REPOSITORY_URL, ROOT, Page, html_pages
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +71,16 @@ def test_every_page_has_its_own_title_and_description(pages):
     assert {text: urls for text, urls in descriptions.items() if len(urls) > 1} == {}
 
 
-def test_sitemap_lists_the_pages_under_the_deployed_address(site):
+def test_every_page_has_its_own_address_as_canonical(pages):
+    assert {url: page.canonical for url, page in pages.items()} == {
+        url: [f"https://example.org/some-repo/{url}"] for url in pages
+    }
+
+
+def test_sitemap_lists_every_page_and_nothing_else(site, pages):
     sitemap = (site / "sitemap.xml").read_text(encoding="utf-8")
-    assert "<loc>https://example.org/some-repo/rl/dpo/</loc>" in sitemap
+    listed = re.findall(r"<loc>(.*?)</loc>", sitemap)
+    assert sorted(listed) == sorted(f"https://example.org/some-repo/{quote(url)}" for url in pages)
 
 
 def test_edit_links_point_at_the_source_of_pages_and_notebooks(pages):
