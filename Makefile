@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build test check cards bench search-eval mutation lock clean
+.PHONY: help serve build zip cards test check bench search-eval mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -18,6 +18,8 @@ SITE ?= site-offline
 else
 SITE ?= site
 endif
+# make zip 写出、随网站发布的文件名；里面的文件夹也叫这个名字
+ZIP := mianjing-2025-offline.zip
 export PYTHONPATH := src:.
 export PYTHONUTF8 := 1
 # Material 的横幅会盖住我们自己的输出
@@ -33,6 +35,11 @@ serve: $(VENV)/site.stamp node_modules/.package-lock.json ## 安装、执行笔�
 
 build: $(VENV)/site.stamp node_modules/.package-lock.json ## 建站到 site/；OFFLINE=1 建离线版到 site-offline/
 	@$(BIN)/python -m mkdocs build --strict --site-dir $(SITE)
+
+# 网站的地址不带进离线版：它没有「编辑此页」
+zip: ## 建离线版，打成一个可以下载的 zip；make build OFFLINE_ZIP=<它> 把它放进网站
+	@env -u OFFLINE_ZIP -u SITE_URL -u REPO_URL $(MAKE) --no-print-directory build OFFLINE=1 SITE=site-offline
+	@$(BIN)/python -m kbsite zip site-offline $(ZIP)
 
 test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器
 	@$(BIN)/python -m kbsite browser
@@ -62,7 +69,7 @@ lock: $(VENV)/site.stamp ## 由 requirements/*.in 重写锁定文件
 	@requirements/lock.sh $(abspath $(BIN)/python)
 
 clean: ## 删去构建产物与缓存（不删 .venv）
-	rm -rf site site-offline .cache
+	rm -rf site site-offline $(ZIP) .cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import cards, questions, topics
+from . import archive, cards, questions, topics
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("topics", help="列出笔记中还没有页面的标题")
     commands.add_parser("cards", help="写出 Anki 牌组 cards.apkg；有 SITE_URL 时牌上带链接")
     commands.add_parser("browser", help="找到（没有就装上）测试用的 Chromium，打印路径")
+    pack = commands.add_parser("zip", help="把建好的离线版打成一个 zip")
+    pack.add_argument("site", type=Path)
+    pack.add_argument("target", type=Path)
     commands.add_parser("clean", help="删去全部缓存")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -72,12 +75,25 @@ def _browser(project: Project, args: argparse.Namespace) -> int:
     return 0
 
 
+def _zip(project: Project, args: argparse.Namespace) -> int:
+    archive.pack(args.site, args.target)
+    print(f"{args.target}：{args.target.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
 def _clean(project: Project, args: argparse.Namespace) -> int:
     shutil.rmtree(project.cache, ignore_errors=True)
     return 0
 
 
-COMMANDS = {"run": _run, "topics": _topics, "cards": _cards, "browser": _browser, "clean": _clean}
+COMMANDS = {
+    "run": _run,
+    "topics": _topics,
+    "cards": _cards,
+    "browser": _browser,
+    "zip": _zip,
+    "clean": _clean,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
 
-from kbsite import cards, machine, pages, questions, topics, verification  # noqa: E402
+from kbsite import archive, cards, machine, pages, questions, topics, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -45,6 +45,7 @@ class _Build:
 
     def __init__(self, project: Project, built: Built, config):
         self.project = project
+        self.archive = archive.published(os.environ, project.root)
         self.built = built
         self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
         self.math = MathJax(project.node_modules, project.cache / "math.json")
@@ -94,13 +95,15 @@ def on_pre_build(config):
 
 @event_priority(100)  # 在 mkdocs-jupyter 之前：它在 on_files 里认领 .ipynb
 def on_files(files, config):
-    """把执行过的笔记与 Anki 牌组放进站点。"""
+    """把执行过的笔记、Anki 牌组、一起发布的离线版放进站点。"""
     if _offline():
         script = _build.project.node_modules / "iframe-worker/shim/index.js"
         files.append(File.generated(config, OFFLINE_WORKER, abs_src_path=str(script)))
     if _build.questions:
         content = cards.package(_build.questions, config.site_url or "", cards.modified_time())
         files.append(File.generated(config, CARDS, content=content))
+    if _build.archive:
+        files.append(File.generated(config, _build.archive.name, abs_src_path=str(_build.archive)))
     folder = _build.project.ipynb
     for key in _build.built.ipynb:
         files.append(
@@ -125,6 +128,7 @@ def on_page_markdown(markdown, page, config, files):
         markdown = verification.fill_verification(
             markdown, page.file.src_uri, _build.project.root, _build.notebooks.values(), _build.questions
         )
+        markdown = archive.fill_link(markdown, _build.archive, page.file.src_uri)
     except KbsiteError as error:
         raise PluginError(str(error)) from None
     key = page.file.src_uri.removesuffix(".md")

@@ -15,9 +15,16 @@ from kbsite.browser import ensure_chromium
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """像部署在 `https://…/some-repo/` 那样建的站：有子路径、有仓库地址。"""
+    """像部署在 `https://…/some-repo/` 那样建的站：有子路径、有仓库地址、有可以下载的离线版（内容是假的）。"""
     folder = tmp_path_factory.mktemp("www") / "some-repo"
-    return build(folder, SITE_URL="https://example.org/some-repo/", REPO_URL=REPOSITORY_URL)
+    archive = folder.parent / "offline.zip"
+    archive.write_bytes(bytes(1_234_567))
+    return build(
+        folder,
+        SITE_URL="https://example.org/some-repo/",
+        REPO_URL=REPOSITORY_URL,
+        OFFLINE_ZIP=str(archive),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -48,3 +48,13 @@ def test_check_runs_foreign_code_without_secrets_or_write_access():
     assert workflow["permissions"] == {"contents": "read"}
     assert "secrets." not in text and "pull_request_target" not in workflow[True]  # YAML 把 on 读成 True
     assert "persist-credentials: false" in text
+
+
+def test_deployment_builds_the_archive_first_and_publishes_it():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/deploy.yml").read_text(encoding="utf-8"))
+    steps = [step for step in workflow["jobs"]["build"]["steps"] if "run" in step]
+    assert [step["run"] for step in steps] == ["make zip", "make build"]
+    name = re.search(r"^ZIP := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
+    assert steps[1]["env"]["OFFLINE_ZIP"] == name
+    # 地址只给网站：离线版没有「编辑此页」，也没有别处的链接
+    assert "env" not in steps[0]
