@@ -1,4 +1,4 @@
-"""计算器在真实浏览器里：与 Python 在网格上一致、键盘可用、状态在地址里、没有脚本也有默认结果、离线可用。"""
+"""计算器在真实浏览器里：与 Python 在网格上一致、键盘可用、状态在地址里、没有脚本也有默认结果。"""
 
 import itertools
 import random
@@ -102,14 +102,3 @@ def test_nonsense_gives_a_dash_and_does_not_break_the_page(visit):
     form.locator('input[name="num_tokens"]').fill("-5")
     assert form.locator('output[name="cache"]').inner_text() == "—"
     assert visitor.errors == []
-
-
-def test_calculator_works_from_the_file_system(browser, offline_site):
-    page = browser.new_page()
-    errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto((offline_site / "architecture/kv-cache.html").as_uri())
-    page.locator('.kb-calculator input[name="num_tokens"]').fill("131072")
-    assert page.locator('.kb-calculator output[name="cache"]').inner_text().startswith("17.18 GB")
-    assert errors == []
-    page.close()
