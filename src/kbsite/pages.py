@@ -1,5 +1,6 @@
 """页面的 Markdown 与 HTML：一句话回答、嵌入的检查、页尾的笔记链接、笔记页的修补。"""
 
+import base64
 import hashlib
 import re
 from collections.abc import Iterable
@@ -9,11 +10,13 @@ from pathlib import Path
 from .errors import CellNotFoundError, KbsiteError
 from .math.scan import mark_dollars
 from .notebooks.source import SETUP, Notebook
+from .notebooks.svg import figure
 
 INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"", re.M)
 # 像嵌入又不是：多了空格、少了引号；它不会报错，只会原样印在页面上
 BROKEN_INCLUDE = re.compile(r"^[ \t]*-+ ?8 ?< ?-+.*$", re.M)
 ANSWER = re.compile(r"^([ \t]*)\{\{ answer \}\}[ \t]*$", re.M)
+IMAGE = re.compile(r"<img\b[^>]*\bsrc=\"data:image/svg\+xml;base64,([^\"]+)\"[^>]*>")
 HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1>", re.S)
 
 
@@ -118,7 +121,7 @@ def name_questions(html: str) -> str:
 def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict]]:
     """修补 mkdocs-jupyter 的页面；返回 HTML 与目录（toc tokens）。
 
-    去掉它内联的 574 KB 样式与全部脚本，套上本站的高亮类；中文标题补上 id；公式标成本站的样子。
+    去掉它内联的 574 KB 样式与全部脚本，套上本站的高亮类；中文标题补上 id；公式与图标成本站的样子。
     """
     html = re.sub(
         r"<style\b.*?</style>|<script\b.*?</script>|<link\b[^>]*>|<!--.*?-->", "", html, flags=re.S | re.I
@@ -139,6 +142,8 @@ def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict
     html = re.sub(
         r"(<div class=\"highlight\"><pre>)(.*?)</pre>", r"\1<code>\2</code></pre>", html, flags=re.S
     )
+    # 编成图片的 SVG 不随主题变色，也没有替代文字
+    html = IMAGE.sub(lambda match: figure(base64.b64decode(match[1]).decode()), html)
     html = mark_dollars(html)
     tokens: list[dict] = []
     seen: dict[str, int] = {}

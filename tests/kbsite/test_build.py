@@ -158,6 +158,8 @@ def test_notebook_page_is_light_has_chinese_anchors_and_a_download(project):
     assert '<h2 id="中文小节">' in page and 'href="#中文小节"' in page
     assert 'id=""' not in page
     assert {"a_1", r"\frac{1}{2}"} <= set(tex_of(page))
+    assert page.count('<figure class="kb-figure"><svg role="img" aria-label="一条直线"') == 1
+    assert "<img" not in page
     assert "cdn" not in page.lower() and "mermaid" not in page.lower() and "#| label" not in page
     downloaded = json.loads((project.root / "site/notebooks/rl/demo/demo.ipynb").read_text(encoding="utf-8"))
     assert [cell["cell_type"] for cell in downloaded["cells"]] == ["markdown", "code", "code", "code"]

@@ -92,7 +92,7 @@ def test_stale_fragments_are_removed_and_fresh_ones_left_alone(project):
 
 
 def test_svg_follows_the_theme_and_keeps_no_colliding_ids():
-    svg = inline_svg(SVG, "rl-demo-0", "place")
+    svg = inline_svg(SVG, "rl-demo-0", "place", "误差")
     assert "#010203" not in svg and svg.count("currentColor") == 2
     assert set(re.findall(r' id="([^"]+)"', svg)) == {"rl-demo-0-m1", "rl-demo-0-p1"}
     assert 'href="#rl-demo-0-m1"' in svg and "url(#rl-demo-0-p1)" in svg
@@ -113,4 +113,4 @@ def test_svg_follows_the_theme_and_keeps_no_colliding_ids():
 )
 def test_svg_with_script_or_foreign_resource_is_refused(evil):
     with pytest.raises(FragmentError, match="不允许"):
-        inline_svg(SVG.replace("<clipPath", evil + "<clipPath"), "p", "place")
+        inline_svg(SVG.replace("<clipPath", evil + "<clipPath"), "p", "place", "误差")

@@ -12,7 +12,7 @@ from ..errors import FragmentError
 from .cache import write_atomically
 from .run import Executed
 from .source import SETUP, Cell
-from .svg import inline_svg
+from .svg import figure, inline_svg
 
 FIGURE = re.compile(r"(?:<p>)?<kb-figure ref=\"([^\"]+)\">[^<]*</kb-figure>(?:</p>)?")
 FENCE = "````"
@@ -52,10 +52,8 @@ def _fragment(result: Executed, cell: Cell, figures: dict[str, str]) -> str:
     for number, output in enumerate(result.outputs_of(cell)):
         kind, content = _select(output, place)
         if kind == "svg":
-            if not cell.caption:
-                raise FragmentError(f"{place}: 图没有图注。在单元开头写 `#| caption: 图上看到什么`。")
             ref = f"{result.notebook.key}/{cell.label}/{number}"
-            figures[ref] = _figure(inline_svg(content, ref.replace("/", "-"), place), cell.caption)
+            figures[ref] = figure(inline_svg(content, ref.replace("/", "-"), place, cell.caption))
             blocks.append(f'<kb-figure ref="{ref}">{escape(cell.caption)}</kb-figure>')
             captioned = True
         elif kind == "markdown":
@@ -69,11 +67,6 @@ def _fragment(result: Executed, cell: Cell, figures: dict[str, str]) -> str:
 
 def _fold(code: str) -> str:
     return '??? code "代码"\n\n' + "\n".join("    " + row if row else "" for row in code.splitlines())
-
-
-def _figure(svg: str, caption: str) -> str:
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
-    return f'<figure class="kb-figure">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _select(output: dict, place: str) -> tuple[str, str]:

@@ -28,12 +28,13 @@ def write_ipynb(executed: list[Executed], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _themed(output: dict, prefix: str) -> dict:
-    """图随主题变色，同一页的 id 不冲突（与片段里的图同样处理）。"""
+def _themed(output: dict, prefix: str, place: str, caption: str) -> dict:
+    """图随主题变色，同一页的 id 不冲突，有替代文字（与片段里的图同样处理）。"""
     svg = output.get("data", {}).get("image/svg+xml")
     if svg is None:
         return output
-    return output | {"data": output["data"] | {"image/svg+xml": inline_svg("".join(svg), prefix, prefix)}}
+    svg = inline_svg("".join(svg), prefix, place, caption)
+    return output | {"data": output["data"] | {"image/svg+xml": svg}}
 
 
 def _node(result: Executed) -> nbformat.NotebookNode:
@@ -45,8 +46,10 @@ def _node(result: Executed) -> nbformat.NotebookNode:
             cells.append(nbformat.v4.new_markdown_cell(cell.source, id=f"cell-{index}"))
             continue
         count += 1
+        place = f"{result.notebook.path}:{cell.line}"
+        prefix = f"{result.notebook.key}-{name}".replace("/", "-")
         outputs = [
-            nbformat.from_dict(_themed(output, f"{result.notebook.key}-{name}-{i}".replace("/", "-")))
+            nbformat.from_dict(_themed(output, f"{prefix}-{i}", place, cell.caption))
             for i, output in enumerate(result.outputs_of(cell))
         ]
         cells.append(nbformat.v4.new_code_cell(cell.source, id=name, outputs=outputs, execution_count=count))

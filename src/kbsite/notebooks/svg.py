@@ -1,6 +1,7 @@
 """把 matplotlib 的 SVG 变成可以内联进页面的一段：随主题变色、没有重复的 id、体积小、没有脚本。"""
 
 import re
+from html import escape
 
 from ..errors import FragmentError
 
@@ -13,8 +14,10 @@ FORBIDDEN = re.compile(
 )
 
 
-def inline_svg(svg: str, prefix: str, place: str) -> str:
-    """单行的 `<svg>`：`prefix` 加在每个 id 前面，同一页的几张图互不冲突。"""
+def inline_svg(svg: str, prefix: str, place: str, caption: str) -> str:
+    """单行的 `<svg>`：`prefix` 加在每个 id 前面，同一页的几张图互不冲突；图注是替代文字。"""
+    if not caption:
+        raise FragmentError(f"{place}: 图没有图注。在单元开头写 `#| caption: 图上看到什么`。")
     match = re.search(r"<svg\b.*</svg>", svg, re.S)
     if not match:
         raise FragmentError(f"{place}: 图的输出里没有 <svg>。用 matplotlib 画图。")
@@ -35,7 +38,14 @@ def inline_svg(svg: str, prefix: str, place: str) -> str:
     used = {a or b for a, b in used}
     svg = re.sub(r" id=\"([^\"]*)\"", lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r"url\(#|href=\"#", lambda m: f"{m[0]}{prefix}-", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
     return re.sub(r"\s*\n\s*", " ", re.sub(r">\s+<", "><", svg))
+
+
+def figure(svg: str) -> str:
+    """`inline_svg` 的图加上看得见的图注。"""
+    caption = re.search(r"aria-label=\"([^\"]*)\"", svg)[1]
+    return f'<figure class="kb-figure">{svg}<figcaption>{caption}</figcaption></figure>'
 
 
 def _rounded(number: re.Match) -> str:
