@@ -1,14 +1,17 @@
 """真实站点的测试：建一次站（严格），用真实浏览器看它。只连本机。"""
 
+import contextlib
 import functools
 import http.server
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from sitetools import REPOSITORY_URL, ROOT, Visitor, build
+from readings import read
+from sitetools import REPOSITORY_URL, ROOT, Visitor, build, html_pages
 
 from kbsite.browser import ensure_chromium
 
@@ -49,8 +52,8 @@ def base_url(site):
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """无头 Chromium；中文字体用 mplfonts 自带的，各机器的排版才一致。"""
+def fonts(tmp_path_factory):
+    """字体设置：中文用 mplfonts 自带的，各机器的排版才一致。"""
     import importlib.util
 
     fonts = Path(importlib.util.find_spec("mplfonts").submodule_search_locations[0]) / "fonts"
@@ -60,9 +63,14 @@ def browser(tmp_path_factory):
         f"<dir>/usr/share/fonts</dir><dir>{fonts}</dir><cachedir>{folder}/cache</cachedir>"
         '<include ignore_missing="yes">/etc/fonts/conf.d</include></fontconfig>'
     )
-    environment = {**os.environ, "FONTCONFIG_FILE": str(folder / "fonts.conf")}
+    return folder / "fonts.conf"
+
+
+@contextlib.contextmanager
+def chromium(fonts):
+    """无头 Chromium。"""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
+        browser = playwright.chromium.launch(
             executable_path=ensure_chromium(),
             args=[
                 "--no-sandbox",
@@ -70,10 +78,37 @@ def browser(tmp_path_factory):
                 "--disable-component-update",
                 "--disable-sync",
             ],
-            env=environment,
+            env={**os.environ, "FONTCONFIG_FILE": str(fonts)},
         )
-        yield chromium
-        chromium.close()
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def browser(fonts):
+    with chromium(fonts) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def readings(site, base_url, fonts):
+    """每一页打开一次量到的东西：{地址: {…}}；每个核一个浏览器，各读一份。"""
+    urls = [*html_pages(site), "404.html"]
+    count = os.cpu_count()
+
+    def read_share(share):
+        with chromium(fonts) as browser:
+            return {url: read(browser, base_url, url) for url in share}
+
+    with ThreadPoolExecutor(count) as pool:
+        shares = pool.map(read_share, [urls[start::count] for start in range(count)])
+        found = {url: reading for share in shares for url, reading in share.items()}
+    return {url: found[url] for url in urls}
+
+
+@pytest.fixture
+def topics(readings, topic_pages):
+    return {key: readings[f"{key}/"] for key in topic_pages}
 
 
 @pytest.fixture
