@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 compile() {
+  # 已有的版本留着，只解析新加的与改过的；要升级就先删掉 *.txt
+  if [ -f "$2.txt" ]; then cp "$2.txt" "$2.all"; fi
   "$1" -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header \
     --no-emit-find-links --no-emit-index-url --no-emit-trusted-host --output-file "$2.all" "$2.in"
   # torch 的版本与哈希在 torch.txt 里手工维护

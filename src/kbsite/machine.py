@@ -14,6 +14,8 @@ FIGURE = re.compile(r"<kb-figure ref=\"[^\"]+\">([^<]*)</kb-figure>")
 CALCULATOR = re.compile(r"<form class=\"kb-calculator\".*?<strong>([^<]*)</strong>.*?</form>", re.S)
 # 只给样式与搜索看的：独占一行或跟在标题后面的属性、图标
 DECORATION = re.compile(r"(?:\n[ \t]*|(?<=\S)[ \t]+)\{ [.#][^{}\n]*\bkb-[^{}\n]*\}$|:material-[\w-]+: ", re.M)
+# 两个词：主题把只写 alternate 的链接当作别的语言版本，去取它的 sitemap.xml
+MARKDOWN_RELATION = "alternate convertedfrom"
 LINK = re.compile(r"(?<=\]\()([^()\s:]+\.(?:md|ipynb))(#[^()\s]*)?(?=\))")
 
 
@@ -83,7 +85,7 @@ def head(title: str, meta: dict, url: str | None, alternate: str) -> str:
         page["url"] = answer["url"] = url
     page["mainEntity"] = question | {"acceptedAnswer": answer}
     return (
-        f'<link rel="alternate" type="text/markdown" href="{escape(alternate)}">\n'
+        f'<link rel="{MARKDOWN_RELATION}" type="text/markdown" href="{escape(alternate)}">\n'
         f'<script type="application/ld+json">{_json(page)}</script>'
     )
 

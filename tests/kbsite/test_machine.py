@@ -131,7 +131,7 @@ def test_head_names_the_markdown_and_describes_question_and_answer():
     page = Elements(html)
     assert "说的是什么" in html  # 汉字不转义，省一半字节
     assert page.tags == [
-        ("link", {"rel": "alternate", "type": "text/markdown", "href": "index.md"}),
+        ("link", {"rel": "alternate convertedfrom", "type": "text/markdown", "href": "index.md"}),
         ("script", {"type": "application/ld+json"}),
     ]
     assert json.loads(page.scripts[0]) == {
