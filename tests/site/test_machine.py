@@ -143,7 +143,9 @@ def test_topic_pages_alone_name_their_markdown_and_describe_one_question(site, t
         if key not in topic_pages:
             assert page.data == [] and page.alternates == [], url
             continue
-        assert page.alternates == [{"rel": "alternate convertedfrom", "type": "text/markdown", "href": "index.md"}], url
+        assert page.alternates == [
+            {"rel": "alternate convertedfrom", "type": "text/markdown", "href": "index.md"}
+        ], url
         assert (site / posixpath.join(url, "index.md")).is_file()
         (text,) = page.data
         data, meta = json.loads(text), front_matter(source(key))

@@ -108,7 +108,8 @@ def test_unpacked_topic_has_formulas_fonts_and_figures(unpacked):
 def test_unpacked_index_leads_to_a_topic_and_from_there_to_its_notebook(unpacked):
     visitor = unpacked("interviews/index.html")
     page = visitor.page
-    page.locator("article").get_by_role("link", name=re.compile("DPO 的推导")).first.click()
+    page.locator(".kb-questions summary", has_text="DPO 的推导").click()
+    page.locator(".kb-questions details[open] a").click()
     page.get_by_role("link", name="本页实验的完整笔记").click()
     page.wait_for_url("**/notebooks/rl/dpo.html")
     assert page.locator("article mjx-container").count() >= 5
