@@ -155,6 +155,7 @@ def test_drawer_opens_with_enter_on_a_narrow_screen(visit):
         page.keyboard.press("Tab")
         if page.evaluate(FOCUSED)["name"] == "导航":
             break
+    assert page.evaluate(FOCUSED)["name"] == "导航"
     page.keyboard.press("Enter")
     page.wait_for_function(
         "document.querySelector('.md-sidebar--primary').getBoundingClientRect().left === 0"
