@@ -30,7 +30,8 @@ PHONE = """() => {
     small: [
       ...small("button, .md-path__link, .md-content__button", 24),
       ...small("summary, .md-header__button, .md-nav__link, .md-footer__link, "
-        + ":is(.kb-filter, .kb-calculator) :is(input, select, button)", 44),
+        // 勾选框连着它的字一起点
+        + ":is(.kb-filter, .kb-calculator) :is(input:not([type=checkbox]), select, button, label:has([type=checkbox]))", 44),
     ],
     text: [...document.querySelectorAll(".kb-figure svg text")].map(node => {
       const svg = node.ownerSVGElement
