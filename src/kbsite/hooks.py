@@ -167,7 +167,7 @@ def on_page_content(html, page, config, files):
             )
     html = pages.name_questions(html)
     search = page.meta.get("search") or {}
-    if not search.get("exclude"):
+    if not search.get("exclude") and not _build.math_errors:  # 有排不出的公式，反正没有站点
         text = replace(html, lambda formula: escape(readable(_build.math.typeset(formula))))
         title = page.meta.get("title", page.title)
         _build.search_pages.append(
