@@ -278,7 +278,8 @@ def test_page_never_visited_says_so_and_lists_what_was(host, reader):
     reader.goto(host.url + "rl/ppo/")
     assert reader.locator("h1").inner_text() == "没有网络，这一页还没有打开过"
     assert reader.locator("li").count() == 2
-    reader.get_by_role("link", name=re.compile("DPO")).click()
+    with reader.expect_navigation(wait_until="load"):
+        reader.get_by_role("link", name=re.compile("DPO")).click()
     assert_complete(reader)
     host.start()
     reader.goto(host.url + "rl/ppo/")
