@@ -256,7 +256,10 @@ def test_every_frozen_library_has_a_name_on_the_page():
 
 def test_built_page_counts_the_formulas_and_folds_the_pages(project):
     project.write("docs/about/v.md", "# 验证\n\n{{ verification }}\n\n$a$、$b$\n")
-    project.write("docs/rl/demo.md", "---\ntitle: 演示页\ndifficulty: 2\nanswer: 答 $c$\n---\n\n# 演示页\n\n{{ answer }}\n")
+    project.write(
+        "docs/rl/demo.md",
+        "---\ntitle: 演示页\ndifficulty: 2\nanswer: 答 $c$\n---\n\n# 演示页\n\n{{ answer }}\n",
+    )
     project.nav("index.md", "about/v.md")
     text = (project.root / "mkdocs.yml").read_text(encoding="utf-8")
     project.write("mkdocs.yml", text + "  - 强化学习:\n      - rl/demo.md\n")
