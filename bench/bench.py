@@ -127,6 +127,12 @@ def gzip_size(path):
     return len(gzip.compress(path.read_bytes(), 6))
 
 
+@functools.lru_cache(maxsize=4096)
+def compressed(body):
+    """真的服务器不会每次现压：压过的留着。"""
+    return gzip.compress(body, 6)
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
     """像 GitHub Pages 那样压缩文本。"""
 
@@ -143,7 +149,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", self.guess_type(str(path)))
         if path.suffix in (".html", ".css", ".js", ".json", ".svg", ".xml"):
-            body = gzip.compress(body, 6)
+            body = compressed(body)
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -19,7 +19,7 @@ const LEVELS = 255
 // 一节的编号 = 页号 × SECTIONS + 页内第几节
 const SECTIONS = 256
 // 一个词最多记这么多节（分量大的在先）：查询的代价与页数无关
-const POSTINGS = 2000
+const POSTINGS = 1000
 const SHARD_BYTES = 24_000
 
 const fieldsOf = (page, section, first) => ({

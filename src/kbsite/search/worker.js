@@ -14,7 +14,7 @@ const COMMON = new Set(
 const PREFIXES = 40 // 一个没打完的词最多补成这么多个
 const PREFIX_SHARDS = 6
 const TYPO_SHARDS = 6
-const CANDIDATES = 16 // 读几页的正文来定最后的次序，也就是最多列几页
+const CANDIDATES = 10 // 读几页的正文来定最后的次序，也就是最多列几页
 const EXCERPT = 180
 const SECTIONS = 256 // 与 index.mjs 相同
 
@@ -431,6 +431,9 @@ self.addEventListener("message", async ({ data: message }) => {
     open().catch(() => {}).finally(() => postMessage({ type: READY }))
   } else if (message.type === QUERY) {
     const number = ++latest
+    // 打得快时排着好几键：先让它们都到，只查最后一键
+    await new Promise((resolve) => setTimeout(resolve))
+    if (number !== latest) return
     let data
     try {
       data = await search(message.data)
