@@ -153,17 +153,54 @@ def test_index_is_split_into_shards_that_hold_every_term(tmp_path):
 def test_common_terms_keep_their_count_but_a_bounded_list(tmp_path):
     pages = [
         page(f"p{i}/", f"第{i}页", Section("a", 2, "标题", "罕见 " * (i % 7 == 0) + "常见的话"))
-        for i in range(9000)
+        for i in range(6000)
     ]
     build_index(pages, [], tmp_path, offline=False)
     directory = json.loads((tmp_path / "directory.json").read_text(encoding="utf-8"))
     found = {}
     for path in (tmp_path / directory["version"]).glob("t*.json"):
         found |= json.loads(path.read_text(encoding="utf-8"))
-    assert found["常见"][0] == 9000 and len(found["常见"]) == 1 + 2 * 2000
-    assert found["罕见"][0] == len(found["罕见"]) // 2 == 1286
+    assert found["常见"][0] == 6000 and len(found["常见"]) == 1 + 2 * 1000
+    assert found["罕见"][0] == len(found["罕见"]) // 2 == 858
     ids = [sum(found["常见"][1 : i + 1 : 2]) for i in range(1, len(found["常见"]), 2)]
     assert ids == sorted(set(ids))
+
+
+QUICK_TYPING = """
+const [folder, sources, queries] = JSON.parse(process.argv[1])
+const fs = require("fs"), vm = require("vm")
+const sent = [], asked = []
+let listener
+Object.assign(globalThis, {
+  self: globalThis,
+  location: new URL("http://site/assets/javascripts/workers/search.js"),
+  addEventListener: (_, f) => { listener = f },
+  postMessage: (message) => sent.push(message),
+  fetch: async (url) => {
+    asked.push(url.pathname)
+    return { ok: true, json: async () => JSON.parse(fs.readFileSync(folder + url.pathname.slice("/search".length))) }
+  },
+})
+for (const name of sources) vm.runInThisContext(fs.readFileSync(name, "utf8"))
+for (const data of queries) listener({ data: { type: 2, data } })
+setTimeout(() => console.log(JSON.stringify({
+  answers: sent.map(({ data }) => data.items.map(([best]) => best.location)), asked,
+})), 300)
+"""
+
+
+def test_only_the_last_of_quick_keystrokes_is_searched(tmp_path):
+    names = ["abacus", "abbey", "abdomen"]
+    build_index([page(f"{name}/", name) for name in names], [], tmp_path, offline=False)
+    sources = [str(SEARCH / "text.js"), str(SEARCH / "worker.js")]
+    arguments = json.dumps([str(tmp_path), sources, ["a", "ab", "abb"]])
+    result = subprocess.run(
+        [node_executable(), "-e", QUICK_TYPING, arguments], capture_output=True, text=True, check=True
+    )
+    found = json.loads(result.stdout)
+    assert found["answers"] == [["abbey/"]]
+    # 前两键会要三页的正文
+    assert sum("/p" in path for path in found["asked"]) == 1
 
 
 def test_offline_index_is_scripts(tmp_path):

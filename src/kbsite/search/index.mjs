@@ -16,8 +16,6 @@ const TITLE = [8, 6, 5, 4]
 const NORM = { title: 0.3, page: 0.3, prose: 0.6, code: 0.6 }
 const SATURATION = 1.4
 const LEVELS = 255
-// 一节的编号 = 页号 × SECTIONS + 页内第几节
-const SECTIONS = 256
 // 一个词最多记这么多节（分量大的在先）：查询的代价与页数无关
 const POSTINGS = 1000
 const SHARD_BYTES = 24_000

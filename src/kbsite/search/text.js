@@ -19,6 +19,8 @@ const PIECE = /(?<han>\p{sc=Han}+)|(?<latin>[A-Za-z][A-Za-z0-9]*|\d+[A-Za-z0-9]*
 // 中间只隔这些时，两个拉丁词也合成一个：flash attention、d_k、ZeRO-3、KV cache
 const JOINT = /^(|[ \-_./]|_\{|\^\{?)$/
 const JOINED_LENGTH = 24
+// 一节的编号 = 页号 × SECTIONS + 页内第几节
+const SECTIONS = 256
 
 /** 全角归半角、符号换成名字；不改大小写（驼峰要用）。 */
 function fold(text) {

@@ -16,7 +16,6 @@ const PREFIX_SHARDS = 6
 const TYPO_SHARDS = 6
 const CANDIDATES = 10 // 读几页的正文来定最后的次序，也就是最多列几页
 const EXCERPT = 180
-const SECTIONS = 256 // 与 index.mjs 相同
 
 // ---- 装入 ----
 
