@@ -100,6 +100,15 @@ def test_text_of_a_page_cannot_inject_markup(box):
     assert box.locator(".md-search-result img").count() == 0
 
 
+@pytest.mark.parametrize(
+    ("query", "tag"), [("模板里写了 BOS", "<s>"), ("从前文里消失 因果序列装不下两者", "<think>")]
+)
+def test_angle_brackets_of_a_page_are_shown_as_they_are(box, query, tag):
+    """正文里的 `<s>` 一次在加亮的词之后、一次在之前，两处都不能当成标签。"""
+    search(box, query)
+    assert any(tag in result for result in box.locator(LINKS).all_inner_texts())
+
+
 def test_nothing_is_downloaded_until_someone_searches_and_then_only_a_few_pieces(browser, base_url, site):
     page = browser.new_page()
     requests = []
