@@ -1,6 +1,7 @@
 """搜索：在真实浏览器里逐键输入，看第一个结果是不是该有的页面。查询在 queries.tsv。"""
 
 import csv
+import json
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -125,21 +126,26 @@ def test_nothing_is_downloaded_until_someone_searches_and_then_only_a_few_pieces
     page.close()
 
 
-def test_a_new_release_is_picked_up_without_reloading(browser, base_url):
+def test_a_new_release_is_picked_up_without_reloading(browser, base_url, site):
     """旧的分片已经不在：换新目录再试，读者看到的是结果而不是空白。"""
     page = browser.new_page()
-    gone = []
+    old = next(site.glob("search/*/t0.json")).parent
+    versions = [old.name, "next"]
+    asked = []
 
-    def once(route):
-        if not gone:
-            gone.append(route.request.url)
-            route.fulfill(status=404)
-        else:
-            route.continue_()
+    def directory(route):
+        asked.append(route.request.url)
+        data = json.loads((site / "search/directory.json").read_text(encoding="utf-8"))
+        route.fulfill(json=data | {"version": versions[min(len(asked), 2) - 1]})
 
     page.goto(f"{base_url}rl/dpo/")
-    page.context.route("**/search/*/t*.json", once)
-    assert any("rl/dpo/" in link for link in search(page, "隐式奖励")[:1]) and gone
+    page.context.route("**/search/directory.json", directory)
+    page.context.route(f"**/search/{old.name}/*", lambda route: route.fulfill(status=404))
+    page.context.route(
+        "**/search/next/*", lambda route: route.fulfill(path=old / route.request.url.rpartition("/")[2])
+    )
+    assert any("rl/dpo/" in link for link in search(page, "隐式奖励")[:1])
+    assert len(asked) > 1
     page.close()
 
 
