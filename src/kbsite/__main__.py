@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import archive, cards, questions, topics
+from . import archive, cards, new_page, questions, topics
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="执行笔记（缓存里没有的），写出片段")
     run.add_argument("key", nargs="?", help="只执行一份，如 rl/clip")
+    page = commands.add_parser("new-page", help="新建一页：页面、笔记、参考实现、测试与导航")
+    page.add_argument("key", help="专题键，如 rl/gspo")
+    page.add_argument("title", help="一级标题，如「中文（English, 缩写）」")
     commands.add_parser("topics", help="列出笔记中还没有页面的标题")
     commands.add_parser("cards", help="写出 Anki 牌组 cards.apkg；有 SITE_URL 时牌上带链接")
     commands.add_parser("browser", help="找到（没有就装上）测试用的 Chromium，打印路径")
@@ -40,6 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 def _run(project: Project, args: argparse.Namespace) -> int:
     os.chdir(project.root)
     build_notebooks(project, only=args.key)
+    return 0
+
+
+def _new_page(project: Project, args: argparse.Namespace) -> int:
+    for path in new_page.create(project.root, args.key, args.title):
+        print(path.relative_to(project.root))
+    print("每个【待写：…】说明那里该写什么；写完一处删一处，make check 会指出剩下的。")
     return 0
 
 
@@ -88,6 +98,7 @@ def _clean(project: Project, args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": _run,
+    "new-page": _new_page,
     "topics": _topics,
     "cards": _cards,
     "browser": _browser,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kbsite.topics import headings_of, read_headings, unwritten
+from kbsite.topics import read_headings, unwritten
 
 ROOT = Path(__file__).parents[2]
 NOTES = (Path(__file__).parent / "data/notes-headings.txt").read_text(encoding="utf-8").splitlines()
@@ -26,17 +26,6 @@ def test_topic_keys_are_section_slash_slug():
             section, _, slug = key.partition("/")
             assert section in SECTIONS
             assert slug == slug.lower() and "_" not in slug
-
-
-def test_every_topic_page_answers_a_heading():
-    headings = read_headings(ROOT / "topics.yml")
-    pages = [
-        path.relative_to(ROOT / "docs").with_suffix("").as_posix()
-        for section in SECTIONS
-        for path in (ROOT / "docs" / section).glob("*.md")
-        if path.stem != "index"
-    ]
-    assert [page for page in pages if not headings_of(headings, page)] == []
 
 
 def test_every_heading_of_the_notes_has_its_page():
