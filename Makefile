@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build zip cards new-page test check bench search-eval mutation lock clean
+.PHONY: help serve build zip cards new-page urls test check bench search-eval mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -56,6 +56,9 @@ cards: $(VENV)/site.stamp ## 写出 Anki 牌组 cards.apkg（站里 interviews/c
 # KEY、TITLE 经环境传过去：标题里的引号、空格不经过 shell
 new-page: $(VENV)/site.stamp ## 新建一页：make new-page KEY=rl/gspo TITLE="序列级裁剪（GSPO）"
 	@$(BIN)/python -m kbsite new-page "$${KEY-}" "$${TITLE-}"
+
+urls: build ## 把新的页面与小节的地址记进 published.txt：从此它们消失就是构建错误
+	@$(BIN)/python -m kbsite urls
 
 bench: $(VENV)/test.stamp node_modules/.package-lock.json ## 基准：构建时间、页面字节、与原生做法的比值
 	@$(BIN)/python -m kbsite browser

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import archive, cards, new_page, questions, topics
+from . import archive, cards, new_page, questions, topics, urls
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     pack = commands.add_parser("zip", help="把建好的离线版打成一个 zip")
     pack.add_argument("site", type=Path)
     pack.add_argument("target", type=Path)
+    commands.add_parser("urls", help="把最近一次构建的新地址并进 published.txt")
     commands.add_parser("clean", help="删去全部缓存")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -91,6 +92,15 @@ def _zip(project: Project, args: argparse.Namespace) -> int:
     return 0
 
 
+def _urls(project: Project, args: argparse.Namespace) -> int:
+    current = urls.read_published(project.cache / "urls.txt")
+    if not current:
+        raise KbsiteError(".cache/urls.txt: 还没有构建过，不知道有哪些地址。先运行 make build。")
+    new = urls.update(project.root, current)
+    print("\n".join([*new, f"{urls.PUBLISHED}：新加 {len(new)} 个地址。"]))
+    return 0
+
+
 def _clean(project: Project, args: argparse.Namespace) -> int:
     shutil.rmtree(project.cache, ignore_errors=True)
     return 0
@@ -103,6 +113,7 @@ COMMANDS = {
     "cards": _cards,
     "browser": _browser,
     "zip": _zip,
+    "urls": _urls,
     "clean": _clean,
 }
 

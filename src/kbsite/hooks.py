@@ -16,7 +16,7 @@ from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
 
-from kbsite import archive, cards, machine, pages, questions, topics, verification  # noqa: E402
+from kbsite import archive, cards, machine, pages, questions, topics, urls, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -54,6 +54,8 @@ class _Build:
         self.math_errors: list[str] = []
         self.formulas = 0
         self.machine: dict[str, str] = {}
+        self.redirects: dict[str, urls.Redirect] = {}
+        self.page_urls: dict[str, str] = {}
         file = project.root / "topics.yml"
         self.headings = topics.read_headings(file) if file.is_file() else []
         self.questions = questions.read_questions(config.nav, Path(config.docs_dir), self.headings)
@@ -184,6 +186,7 @@ def on_env(env, config, files):
         raise PluginError("\n".join(_build.math_errors))
     for file in files.documentation_pages():
         file.page.content = file.page.content.replace(verification.FORMULAS, str(_build.formulas))
+    _keep_addresses(files)
     if not _offline():  # 离线版没有会来取它们的机器
         _build.machine["llms.txt"] = _llms_txt(config, files)
     for message in pages.unused_labels(_build.notebooks.values(), _build.used_labels):
@@ -211,6 +214,12 @@ def on_post_build(config):
         path = Path(config.site_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    urls.write_pages(
+        Path(config.site_dir),
+        _build.redirects,
+        _build.page_urls,
+        lambda url: urljoin(config.site_url, url) if config.site_url else None,
+    )
     site = Path(config.site_dir) / MATH_FOLDER
     css = _build.math.stylesheet()
     fonts = _build.math.fonts(css)
@@ -237,6 +246,27 @@ def _write_search(site: Path):
         raise PluginError(str(error)) from None
     # 评测（bench/search.py）拿同一份正文建别的索引
     write_atomically(_build.project.cache / "search.json", source)
+
+
+def _keep_addresses(files):
+    """查公开过的地址都还在，记下这一次的（make urls 用），给改了名的锚点补上旧名字。"""
+    found = {urls.address(file.page.url): file for file in files.documentation_pages()}
+    contents = {address: file.page.content for address, file in found.items()}
+    # API 与笔记页的锚点由函数名、单元的标题生成，改名是常事，也还落在同一页：只保页面
+    written = {
+        address
+        for address, file in found.items()
+        if file.src_uri.endswith(".md") and not file.src_uri.startswith("api/")
+    }
+    try:
+        _build.redirects = urls.check(_build.project.root, contents)
+    except KbsiteError as error:
+        raise PluginError(str(error)) from None
+    _build.page_urls = {address: file.page.url for address, file in found.items()}
+    text = "".join(f"{row}\n" for row in urls.addresses(contents, written))
+    write_atomically(_build.project.cache / "urls.txt", text)
+    for address, file in found.items():
+        file.page.content = urls.add_aliases(file.page.content, address, _build.redirects)
 
 
 def on_build_error(error):

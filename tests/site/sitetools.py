@@ -25,9 +25,11 @@ def build(target, **extra):
 
 
 def html_pages(site):
-    """站内每个网页的相对地址。"""
+    """站内每个网页的相对地址；跳转页（redirects.yml）不是网页。"""
     return sorted(
-        path.relative_to(site).as_posix().removesuffix("index.html") for path in site.rglob("index.html")
+        path.relative_to(site).as_posix().removesuffix("index.html")
+        for path in site.rglob("index.html")
+        if 'http-equiv="refresh"' not in path.read_text(encoding="utf-8")
     )
 
 
