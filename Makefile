@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build zip cards new-page urls test check bench search-eval mutation lock clean
+.PHONY: help serve build zip cards test check bench search-eval mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -41,11 +41,11 @@ zip: ## 建离线版，打成一个可以下载的 zip；make build OFFLINE_ZIP=
 	@env -u OFFLINE_ZIP -u SITE_URL -u REPO_URL $(MAKE) --no-print-directory build OFFLINE=1 SITE=site-offline
 	@$(BIN)/python -m kbsite zip site-offline $(ZIP)
 
-test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器
+test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器；BASE=main 只跑改动碰得到的
 	@$(BIN)/python -m kbsite browser
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@tests=$$($(if $(BASE),$(BIN)/python -m kbsite affected $(BASE) | xargs,true)); $(BIN)/python -m pytest -q $(ARGS) $$tests
 
 check: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
 	@$(BIN)/python -m kbsite topics
@@ -53,12 +53,24 @@ check: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
 cards: $(VENV)/site.stamp ## 写出 Anki 牌组 cards.apkg（站里 interviews/cards.apkg 是同一个文件）；SITE_URL=… 时牌上带链接
 	@$(BIN)/python -m kbsite cards
 
+.PHONY: new-page urls summary
 # KEY、TITLE 经环境传过去：标题里的引号、空格不经过 shell
 new-page: $(VENV)/site.stamp ## 新建一页：make new-page KEY=rl/gspo TITLE="序列级裁剪（GSPO）"
 	@$(BIN)/python -m kbsite new-page "$${KEY-}" "$${TITLE-}"
 
 urls: build ## 把新的页面与小节的地址记进 published.txt：从此它们消失就是构建错误
 	@$(BIN)/python -m kbsite urls
+
+# 合并前的网站建在一个临时的工作树里，用同一份缓存：没有变的笔记不重新执行。
+# 依赖变了，缓存全不算数，重新执行一遍太久：只列页面
+summary: $(VENV)/site.stamp ## 建站之后与 BASE 比：改了哪些页面、哪些数、多少字节（Markdown）
+	@base=$$(mktemp -d); trap 'git worktree remove --force "$$base/before"; rm -rf "$$base"' EXIT; \
+	  git worktree add --quiet --detach "$$base/before" $(BASE); \
+	  if git diff --quiet $(BASE) -- requirements; then \
+	    cp -a .cache "$$base/before"; ln -s $(CURDIR)/$(VENV) $(CURDIR)/node_modules "$$base/before"; \
+	    (cd "$$base/before"; $(BIN)/python -m mkdocs build --quiet --site-dir site) >&2 || echo "合并前的网站没有建成" >&2; \
+	  fi; \
+	  $(BIN)/python -m kbsite summary "$$base/before" .
 
 bench: $(VENV)/test.stamp node_modules/.package-lock.json ## 基准：构建时间、页面字节、与原生做法的比值
 	@$(BIN)/python -m kbsite browser

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import archive, cards, new_page, questions, topics, urls
+from . import archive, cards, changes, new_page, questions, topics, urls
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     pack.add_argument("site", type=Path)
     pack.add_argument("target", type=Path)
     commands.add_parser("urls", help="把最近一次构建的新地址并进 published.txt")
+    tests = commands.add_parser("affected", help="列出改动碰得到的测试")
+    tests.add_argument("base", help="与哪个提交比，如 main")
+    diff = commands.add_parser("summary", help="两个建好的项目之间的差别，写成 Markdown")
+    diff.add_argument("before", type=Path)
+    diff.add_argument("after", type=Path)
     commands.add_parser("clean", help="删去全部缓存")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -101,6 +106,16 @@ def _urls(project: Project, args: argparse.Namespace) -> int:
     return 0
 
 
+def _affected(project: Project, args: argparse.Namespace) -> int:
+    print("\n".join(changes.affected(project.root, args.base)))
+    return 0
+
+
+def _summary(project: Project, args: argparse.Namespace) -> int:
+    print(changes.summary(args.before, args.after), end="")
+    return 0
+
+
 def _clean(project: Project, args: argparse.Namespace) -> int:
     shutil.rmtree(project.cache, ignore_errors=True)
     return 0
@@ -114,6 +129,8 @@ COMMANDS = {
     "browser": _browser,
     "zip": _zip,
     "urls": _urls,
+    "affected": _affected,
+    "summary": _summary,
     "clean": _clean,
 }
 

@@ -64,3 +64,14 @@ def test_messages_of_the_guide_are_the_ones_the_build_prints():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src/kbsite").rglob("*.*") if path.suffix in (".py", ".md"))  # fmt: skip
     assert len(ours) >= 6
     assert [text for text in ours if "行 [标签]" not in text and text not in source] == []
+
+
+def test_pull_requests_run_what_they_reach_and_main_runs_everything():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text(encoding="utf-8"))
+    assert workflow[True]["push"] == {"branches": ["main"]} and "pull_request" in workflow[True]
+    runs = {step["run"]: step.get("if") for step in workflow["jobs"]["test"]["steps"] if "run" in step}
+    commands = list(runs)
+    assert commands.index("make check") < commands.index("make build") < commands.index("make test")
+    assert runs["make check"] is runs["make build"] is None
+    assert runs["make test"] == "github.event_name != 'pull_request'"
+    assert runs["make test BASE=HEAD^1"] == "github.event_name == 'pull_request'"

@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .source import Notebook
@@ -56,8 +56,13 @@ def library_version(name: str) -> str:
 
 def reachable_modules(notebook: Notebook, root: Path) -> list[Path]:
     """笔记直接或间接导入的项目内模块（含各级 `__init__.py`），排好序。"""
+    return imported_modules((cell.code for cell in notebook.code_cells), root)
+
+
+def imported_modules(codes: Iterable[str], root: Path) -> list[Path]:
+    """几段代码直接或间接导入的项目内模块，排好序。"""
     found: set[Path] = set()
-    queue = [(cell.code, "") for cell in notebook.code_cells]
+    queue = [(code, "") for code in codes]
     while queue:
         code, package = queue.pop()
         for name in _imported_names(code, package):
