@@ -89,6 +89,7 @@ for name, chain, expected in chains:
         counts.append(kept(logits))
     assert tuple(counts) == expected
     rows.append([name, " → ".join(chain), *counts])
+assert f"{apply_temperature(FIVE.log(), temperature=0.5).softmax(-1)[0]:.2f}" == "0.73"  # 去尾之前
 after_min_p = min_p_filter(apply_temperature(FIVE.log(), temperature=0.5), min_p=0.1).softmax(-1)
 assert abs(after_min_p[0] - 0.8) < 1e-12  # 0.25 / (0.25 + 0.0625)；top-p 若取 0.8，结果就由舍入决定
 table(rows, ["引擎", "次序", "温度 0.5", "温度 2"])
@@ -162,6 +163,7 @@ for num_beams in (1, 2, 3, 4):
 assert abs(sum(everything.values()) - 1) < 1e-12
 assert [r[1] for r in rows[:2]] == ["AAA", "BAA"] and best == "CAA"
 assert [r[2] for r in rows] == ["0.1600", "0.0875", "0.2025", "0.2025"]
+assert [round(TREE[""][1] * p, 3) for p in TREE["B"][:2]] == [0.175, 0.168]  # 挤掉 AA 的两个
 table(rows, ["束宽", "序列", "总概率", "全局最优"])
 
 

@@ -228,6 +228,7 @@ assert [row[1] for row in rows] == ["1.25", "1.16", "0.75", "0.00", "-0.25"]
 assert [row[2] for row in rows] == ["0.82", "1.00", "0.22", "-0.18", "-0.78"]
 assert [row[3] for row in rows] == ["0.68", "0.50", "0.00", "0.00", "0.00"]
 assert [row[4] for row in rows] == ["0.99", "0.93", "0.51", "-0.99", "-0.51"]
+assert f"{(cosine[4] - cosine[3]).item():.2f}" == "0.48"
 # 论文的取值（表 9）：错 −10→0，400 与 3600 差 9.51
 paper = cosine_length_reward(
     lengths, correct, max_length=4000, correct_short=2.0, correct_long=1.0, wrong_short=-10.0, wrong_long=0.0

@@ -108,7 +108,7 @@ assert f"{-math.log(0.2):.3f}" == "1.609"
 
 # %%
 #| label: verifier-and-proxy
-#| caption: 同样的 KL 系数，奖励是校验器时的真实成功率，与奖励有漏洞时的真实成功率、钻漏洞的概率
+#| caption: 同样的 KL 系数，奖励是检查器时的真实成功率，与奖励有漏洞时的真实成功率、钻漏洞的概率
 # 三类回答：对的（0.20）、钻漏洞的（0.05，真实得分 0，代理奖励 1.2）、错的（0.75）
 proxy_ref, truth = torch.tensor([0.20, 0.05, 0.75]), torch.tensor([1.0, 0.0, 0.0])
 proxy = torch.tensor([1.0, 1.2, 0.0])
@@ -144,7 +144,7 @@ assert flips == {0.0: 466, 0.04: 180, 0.2: 124}  # 真实成功率跌破 0.5 的
 Markdown(
     tabulate(
         [[beta, *values] for beta, values in shown.items()],
-        headers=[r"$\beta$", "校验器：真实", "代理：真实", "代理：漏洞", "代理：奖励"],
+        headers=[r"$\beta$", "检查器：真实", "代理：真实", "代理：漏洞", "代理：奖励"],
         tablefmt="github",
         disable_numparse=True,
     )
@@ -276,7 +276,7 @@ Markdown(
 
 # %%
 #| label: moving-reference
-#| caption: 校验器奖励、组大小 8 时成功率的不动点：参考策略本来就好、几乎不会、以及每次收敛后把参考换成当前策略
+#| caption: 检查器奖励、组大小 8 时成功率的不动点：参考策略本来就好、几乎不会、以及每次收敛后把参考换成当前策略
 rows, points = [], {}
 for beta in (0.001, 0.04, 0.2, 1.0, 2.6):
     good, bad = fixed_point_success_rate(torch.tensor([0.5, 0.001]), beta=beta, group_size=GROUP_SIZE)

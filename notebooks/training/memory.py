@@ -284,7 +284,7 @@ half = {  # 到 1.5 倍要缓存多少 token
     for name in ratios
     for c in [DENSE_CONFIGS[name]]
 }
-assert [round(x / 1000) for x in half.values()] == [13, 61, 215]
+assert [round(x, -3) for x in half.values()] == [13_000, 61_000, 215_000]
 assert round(half["Llama-3-70B"] / half["Llama-2-7B"]) == 17
 # 8K 提示的工作区与 logits；H100 80GB 报 81559 MiB，留 2 GB 给其余，能放几条 8K
 c = DENSE_CONFIGS["Llama-3-8B"]
