@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build zip cards test check bench search-eval mutation lock clean
+.PHONY: help serve build zip cards test check topics bench search-eval mutation lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -47,7 +47,10 @@ test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含�
 	@$(BIN)/python -m ruff format --check .
 	@tests=$$($(if $(BASE),$(BIN)/python -m kbsite affected $(BASE) | xargs,true)); $(BIN)/python -m pytest -q $(ARGS) $$tests
 
-check: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
+check: $(VENV)/site.stamp ## 几秒钟检查页面、笔记与测试的写法，不建站；ARGS=--fix 改掉空格与标点，ARGS=docs/rl 只看一处
+	@$(BIN)/python -m kbsite check $(ARGS)
+
+topics: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
 	@$(BIN)/python -m kbsite topics
 
 cards: $(VENV)/site.stamp ## 写出 Anki 牌组 cards.apkg（站里 interviews/cards.apkg 是同一个文件）；SITE_URL=… 时牌上带链接

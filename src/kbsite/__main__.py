@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from . import archive, cards, changes, new_page, questions, topics, urls
+from . import check as checks
 from .errors import KbsiteError
 from .project import Project, build_notebooks
 
@@ -22,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     page = commands.add_parser("new-page", help="新建一页：页面、笔记、参考实现、测试与导航")
     page.add_argument("key", help="专题键，如 rl/gspo")
     page.add_argument("title", help="一级标题，如「中文（English, 缩写）」")
+    lint = commands.add_parser("check", help="按 docs/about/style.md 检查页面、笔记与测试，不建站")
+    lint.add_argument("paths", nargs="*", help="只报这些文件或文件夹里的")
+    lint.add_argument("--fix", action="store_true", help="改掉空格、标点、换行一类能放心自动改的")
     commands.add_parser("topics", help="列出笔记中还没有页面的标题")
     commands.add_parser("cards", help="写出 Anki 牌组 cards.apkg；有 SITE_URL 时牌上带链接")
     commands.add_parser("browser", help="找到（没有就装上）测试用的 Chromium，打印路径")
@@ -57,6 +61,19 @@ def _new_page(project: Project, args: argparse.Namespace) -> int:
         print(path.relative_to(project.root))
     print("每个【待写：…】说明那里该写什么；写完一处删一处，make check 会指出剩下的。")
     return 0
+
+
+def _check(project: Project, args: argparse.Namespace) -> int:
+    paths = [checks.relative(path, project.root) for path in args.paths]
+    if args.fix:
+        for name in checks.fix(project.root, paths):
+            print(f"改了 {name}")
+    report = checks.check(project.root, paths)
+    github = os.environ.get("GITHUB_ACTIONS") == "true"
+    for finding in report.findings:
+        print(finding.annotation() if github else finding)
+    print(report.summary())
+    return 1 if report.findings else 0
 
 
 def _topics(project: Project, args: argparse.Namespace) -> int:
@@ -124,6 +141,7 @@ def _clean(project: Project, args: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run,
     "new-page": _new_page,
+    "check": _check,
     "topics": _topics,
     "cards": _cards,
     "browser": _browser,
