@@ -110,7 +110,7 @@ class Page:
     def section(self, title: str) -> tuple[int, int] | None:
         """二级标题下的一节：（开始，结束）的偏移。"""
         tops = [heading for heading in self.headings if heading.level <= 2]
-        for heading, after in zip(tops, [*tops[1:], None], strict=True):
+        for heading, after in zip(tops, [*tops[1:], None], strict=False):
             if heading.level == 2 and heading.text == title:
                 return self.text.find("\n", heading.start) + 1, after.start if after else len(self.text)
         return None
