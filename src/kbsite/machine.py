@@ -7,7 +7,8 @@ from html import escape, unescape
 
 from markdown import Markdown
 
-FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.S)
+from .pages import FRONT_MATTER
+
 # `!!! abstract "标题"`、`??? question "标题"`；内容缩进四格
 BLOCK = re.compile(r"^( *)(?:!!!|\?\?\?\+?) \w+ \"([^\"]*)\"$")
 FIGURE = re.compile(r"<kb-figure ref=\"[^\"]+\">([^<]*)</kb-figure>")
@@ -44,7 +45,7 @@ def page_markdown(
     text = CALCULATOR.sub(lambda match: f"（计算器「{unescape(match[1])}」，在网页上用）", text)
     text = LINK.sub(lambda match: link(match[1]) + (match[2] or ""), DECORATION.sub("", text))
     text = "\n".join(_flatten(text.splitlines()))
-    return (front[0] + "\n" if front else "") + text.strip("\n") + "\n"
+    return (front[0] + "\n\n" if front else "") + text.strip("\n") + "\n"
 
 
 def _flatten(lines: list[str]) -> Iterable[str]:

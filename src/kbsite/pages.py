@@ -15,7 +15,15 @@ from .notebooks.svg import figure
 INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"", re.M)
 # 像嵌入又不是：多了空格、少了引号；它不会报错，只会原样印在页面上
 BROKEN_INCLUDE = re.compile(r"^[ \t]*-+ ?8 ?< ?-+.*$", re.M)
-ANSWER = re.compile(r"^([ \t]*)\{\{ answer \}\}[ \t]*$", re.M)
+FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$", re.M | re.S)
+
+
+def placeholder(name: str) -> re.Pattern:
+    """独占一行的 `{{ 名字 }}`，构建时换成别的内容；第一组是缩进。"""
+    return re.compile(rf"^([ \t]*)\{{\{{ {name} \}}\}}[ \t]*$", re.M)
+
+
+ANSWER = placeholder("answer")
 IMAGE = re.compile(r"<img\b[^>]*\bsrc=\"data:image/svg\+xml;base64,([^\"]+)\"[^>]*>")
 HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1>", re.S)
 

@@ -1,7 +1,6 @@
 """全站的题目：由各页的 front matter 读出；页面里写一行 `{{ questions }}` 就是题目索引与自测。"""
 
 import posixpath
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
@@ -10,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from .errors import KbsiteError
+from .pages import FRONT_MATTER, placeholder
 from .topics import Heading, headings_of
 
-FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$", re.M | re.S)
-LIST = re.compile(r"^\{\{ questions \}\}[ \t]*$", re.M)
+LIST = placeholder("questions")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from html import escape
 from pathlib import Path
 
 from .notebooks.source import Notebook
-from .pages import INCLUDE
+from .pages import INCLUDE, placeholder
 from .questions import Question
 
-PLACEHOLDER = re.compile(r"^\{\{ verification \}\}[ \t]*$", re.M)
+PLACEHOLDER = placeholder("verification")
 # 全部页面成形之后才知道，见 hooks.on_env
 FORMULAS = "{{ formulas }}"
 ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})")

@@ -7,8 +7,7 @@ from functools import cached_property
 
 import yaml
 
-from ..pages import INCLUDE
-from ..questions import FRONT_MATTER
+from ..pages import FRONT_MATTER, INCLUDE
 
 # 正文里被遮住的字符：长度不变，偏移与行号就不变
 CODE, MATH, OTHER = "\ue000", "\ue001", "\ue002"
