@@ -17,12 +17,10 @@ import pytest
 from kbsite.__main__ import main
 from kbsite.check import RULES, check, fix
 from kbsite.check.anatomy import SECTIONS
-from kbsite.check.evidence import unexecuted
 from kbsite.check.findings import Finding
 from kbsite.check.formulas import macros
 from kbsite.check.metadata import answer_length
 from kbsite.check.page import read_page
-from kbsite.check.site import read_site
 
 ROOT = Path(__file__).parents[2]
 STYLE = (ROOT / "docs/about/style.md").read_text(encoding="utf-8")
@@ -129,6 +127,37 @@ BODY = f"""\
 - PPO：[1707.06347](https://arxiv.org/abs/1707.06347) 式 7。
 - TRL 1.16 的源码。
 """
+TERMS = """\
+---
+title: 术语表
+description: 用词
+---
+
+# 术语表
+
+正文里也可以用的别名（另有所指）：参考模型。
+
+| 本站用词 | English | 别名、缩写 | 说明 |
+| --- | --- | --- | --- |
+| 参考策略 | reference policy | 参考模型 | — |
+| 检查器 | verifier | 验证器、校验器 | — |
+| 对话模板 | chat template | 聊天模板 | — |
+"""
+SYMBOLS = """\
+---
+title: 符号表
+description: 记号
+---
+
+# 符号表
+
+## 不用的写法
+
+| 不写 | 写 |
+| --- | --- |
+| `\\text{KL}` | `\\mathrm{KL}` |
+| `r_t(\\theta)` | `\\rho_t` |
+"""
 NAV = "nav:\n  - 强化学习: [rl/clip.md]\n  - 关于: [about/terms.md, about/symbols.md]\n"
 
 
@@ -138,8 +167,8 @@ def site(tmp_path):
     files = {
         "mkdocs.yml": NAV,
         "docs/rl/clip.md": FRONT + BODY,
-        "docs/about/terms.md": (ROOT / "docs/about/terms.md").read_text(encoding="utf-8"),
-        "docs/about/symbols.md": (ROOT / "docs/about/symbols.md").read_text(encoding="utf-8"),
+        "docs/about/terms.md": TERMS,
+        "docs/about/symbols.md": SYMBOLS,
         "notebooks/rl/clip.py": HEADER,
         "snippets/rl/clip.py": "# --8<-- [start:loss]\nx = 1\n# --8<-- [end:loss]\n",
         "tests/snippets/rl/test_clip.py": "x = 1\n",
@@ -233,11 +262,10 @@ BAD_FRONT = [
     ("verified: 2026-11-01", "verified: 2026-02-30", 1),
     ("verified: 2026-11-01", "verified: 9026-11-01", 6),
     ("answer: ", f"answer: {'裁' * 60}", 7),
-    ("answer: ", "answer: 【", 7),
 ]
 
 
-@pytest.mark.parametrize("old, new, line", BAD_FRONT[:-1])
+@pytest.mark.parametrize("old, new, line", BAD_FRONT)
 def test_front_matter(site, old, new, line):
     page_with(site, front=FRONT.replace(old, new))
     assert ("KB102", "docs/rl/clip.md", line) in found(site) and rules(site) == {"KB102"}
@@ -806,14 +834,7 @@ def test_check_does_not_import_torch_or_mkdocs(site):
     code = "import sys; from kbsite.__main__ import main; main(sys.argv[1:]); print(json.dumps(sorted(sys.modules)))"
     command = [sys.executable, "-c", f"import json; {code}", "--root", str(site), "check"]
     environment = {**os.environ, "PYTHONPATH": "src"}
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    ).stdout
     assert {"torch", "mkdocs"} & set(json.loads(out.splitlines()[-1])) == set()
-
-
-def test_the_repository_has_no_findings():
-    """数字（KB201）要笔记执行过才查得了，由 tests/site 在建站之后查。"""
-    assert [str(finding) for finding in check(ROOT).findings] == []
-
-
-def test_fragments_of_other_topics_do_not_count(site):
-    assert unexecuted(read_site(site)) == []
