@@ -40,6 +40,10 @@ HEADER = """\
 # ---
 
 # %%
+#| label: setup
+start = 0.512
+
+# %%
 #| label: fraction
 share = 3 / 8
 assert f"{share:.1%}" == "37.5%" and 0.1 < share < 0.4
@@ -420,6 +424,9 @@ def test_internal_links(site, link, good):
         ("占 0.47。", False),
         ("占 73.5%。", False),
         ("约 0.47。", True),
+        ("占 0.47 左右。", True),
+        ("占 0.512。", True),  # 别的单元里一字不差
+        ("占 0.51。", False),  # 别的单元里的不算舍入
         ("论文报告 0.47。", True),
         ("TRL 1.16 相同。", True),
         ("第 3.12 节相同。", True),
@@ -555,7 +562,7 @@ def test_code_formulas_and_markup_are_left_alone(site, text):
 def test_caption_spacing(site):
     notebook = site / "notebooks/rl/clip.py"
     notebook.write_text(HEADER.replace("fraction\n", "fraction\n#| caption: 占37.5%的\n"), encoding="utf-8")
-    assert found(site) == [("KB302", "notebooks/rl/clip.py", 16)] * 2
+    assert found(site) == [("KB302", "notebooks/rl/clip.py", 20)] * 2
     fix(site)
     assert "#| caption: 占 37.5% 的\n" in notebook.read_text(encoding="utf-8")
 
@@ -665,7 +672,7 @@ def test_embeds(site, text, rule):
 def test_unused_label(site):
     cell = "\n# %%\n#| label: spare\nassert 1\n"
     (site / "notebooks/rl/clip.py").write_text(HEADER + cell, encoding="utf-8")
-    assert found(site) == [("KB403", "notebooks/rl/clip.py", 21)]
+    assert found(site) == [("KB403", "notebooks/rl/clip.py", 25)]
 
 
 # 坏文件：都是发现，不是崩溃

@@ -12,7 +12,7 @@ from .site import Site
 
 BLOCK = re.compile(r"(?:^[ \t]*\S.*\n?)+", re.M)
 # 只看容易抄错、不容易碰巧对上的：至少两位有效数字的小数，与百分数
-NUMBER = re.compile(r"(?<![\w.,/:§-])(\d[\d,]*(?:\.\d+)?)(%?)( ?[万亿]?)(?![\w]|\.\d)")
+NUMBER = re.compile(r"(?<![\w.,/:§-])(\d[\d,]*(?:\.\d+)?)(%?)( ?[万亿]?)(?![\w]|\.\d)(?! ?(?:左右|附近|上下))")
 # 前面是这些，就不是从单元读出的数：库的版本、节号、约数
 NOT_READ = re.compile(r"(?:[A-Za-z][\w.-]* |v|第 |§ ?|式 |表 |图 |约 ?|近 ?|大约 ?|不到 ?|超过 ?)$")
 # 同一句里有这些，数字出自别处
@@ -66,22 +66,25 @@ def _numbers(site: Site, page: Page) -> Iterator[Finding]:
     outputs = _outputs(site, notebook) if notebook else None
     if not outputs:
         return
-    texts = [*outputs.values(), *(cell.code for cell in notebook.code_cells)]
-    values = sorted({value for text in texts for value in _values(text)})
-    # 随机的训练不断言到最后一位，只断言范围
-    ranges = [
-        (float(low), float(high)) for cell in notebook.code_cells for low, high in RANGE.findall(cell.code)
-    ]
+    codes = {cell.label: cell.code for cell in notebook.code_cells if cell.label in outputs}
+    everywhere = _values([*outputs.values(), *(cell.code for cell in notebook.code_cells)])
     blocks = list(BLOCK.finditer(page.text, page.body))
-    beside = set()
+    beside: dict[int, list[str]] = {}
     for number, block in enumerate(blocks):
-        if (match := INCLUDE.match(block[0])) and not match[1].startswith("snippets/"):
-            beside |= {number - 1, number + 1}
-    for number in sorted(beside & set(range(len(blocks)))):
-        yield from _unread(page, blocks[number], values, ranges)
+        label = (match := INCLUDE.match(block[0])) and match[1].removeprefix(f"{page.key}/").removesuffix(
+            ".md"
+        )
+        if label in outputs:
+            for neighbour in (number - 1, number + 1):
+                beside.setdefault(neighbour, []).extend((outputs[label], codes[label]))
+    for number, texts in beside.items():
+        if 0 <= number < len(blocks):
+            # 随机的训练不断言到最后一位，只断言范围
+            ranges = [(float(low), float(high)) for text in texts for low, high in RANGE.findall(text)]
+            yield from _unread(page, blocks[number], _values(texts), ranges, everywhere)
 
 
-def _unread(page: Page, block: re.Match, values: list[float], ranges: list) -> Iterator[Finding]:
+def _unread(page: Page, block: re.Match, values: list, ranges: list, everywhere: list) -> Iterator[Finding]:
     if page.prose[block.start() : block.end()].lstrip().startswith(("#", OTHER)):
         return
     for sentence in SENTENCE.finditer(page.prose, block.start(), block.end()):
@@ -94,7 +97,9 @@ def _unread(page: Page, block: re.Match, values: list[float], ranges: list) -> I
             if not (exact or percent) or NOT_READ.search(sentence[0][: match.start()]):
                 continue
             value, step = float(digits) * SCALE[unit], 10.0**-places * SCALE[unit]
-            if not _among(values, value, step, percent) and not _inside(ranges, value, percent):
+            read = _among(values, value, step, percent) or _inside(ranges, value, percent)
+            # 前面的单元里读出过的也可以再提，但要一字不差，不算舍入
+            if not read and not _among(everywhere, value, 0, percent):
                 fact = f"单元旁边的 {match[0].strip()} 不在这份笔记的输出与代码里"
                 cure = "对照输出改；没有印出的数，在单元里写一条 assert；别处来的写明出处"
                 line = page.line(sentence.start() + match.start())
@@ -120,6 +125,5 @@ def _inside(ranges: list[tuple[float, float]], value: float, percent: str) -> bo
     )
 
 
-def _values(text: str) -> Iterator[float]:
-    for match in VALUE.finditer(text):
-        yield float(re.sub("[,_]", "", match[0]))
+def _values(texts: list[str]) -> list[float]:
+    return sorted({float(re.sub("[,_]", "", match[0])) for text in texts for match in VALUE.finditer(text)})
