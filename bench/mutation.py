@@ -2,7 +2,6 @@
 
 用法：make mutation（全部）；make mutation ARGS="architecture training/adamw"（一个章节、一个模块）。
 与原式等价、因而抓不住的改动写在 bench/mutation_equivalents.tsv，每条说明理由；不在表里的漏网改动使命令失败。
-形状检查（jaxtyping）在这里关掉：mutmut 换掉函数之后它看不到，测试要靠数值抓住错误。
 """
 
 import argparse
@@ -32,7 +31,7 @@ def modules(selected: list[str]) -> list[Path]:
     return found
 
 
-def mutate(module: Path, folder: Path) -> tuple[int, list[tuple[str, str, str]]]:
+def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, str, str]]]:
     """在 `folder` 里改坏一个模块；返回改动总数与漏网的（状态、原行、新行）。"""
     for name in ("snippets", "tests/golden"):
         shutil.copytree(ROOT / name, folder / name)
@@ -42,13 +41,16 @@ def mutate(module: Path, folder: Path) -> tuple[int, list[tuple[str, str, str]]]
         if not path.name.startswith("test_"):
             shutil.copy(path, folder / "tests/snippets")
     shutil.copy(ROOT / f"tests/snippets/{module.parent}/test_{module.name}.py", tests)
+    # mutmut 在一个进程里跑几遍 pytest，jaxtyping 的命令行开关第二遍就报错：改为只装一次钩子，形状检查照旧
+    with open(folder / "tests/snippets/conftest.py", "a", encoding="utf-8") as file:
+        file.write("\n\nimport jaxtyping\n\njaxtyping.install_import_hook('snippets', 'beartype.beartype')\n")
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     settings = settings.replace(" --jaxtyping-packages=snippets,beartype.beartype", "")
     settings += f'\n[tool.mutmut]\nsource_paths = ["snippets"]\nonly_mutate = ["snippets/{module}.py"]\n'
     settings += 'also_copy = ["snippets", "tests"]\n'
     (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
 
-    result = run(folder, "run", "--max-children", str(os.cpu_count()))
+    result = run(folder, "run", "--max-children", str(jobs))
     if result.returncode:
         raise SystemExit(f"{module}：没有改动时测试就不过，或 mutmut 出错。\n{result.stdout[-3000:]}")
     rows = re.findall(r"^\s*(\S+): (.+)$", run(folder, "results", "--all", "true").stdout, re.M)
@@ -89,7 +91,9 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("selected", nargs="*", help="章节或 章节/模块")
-    chosen = modules(parser.parse_args().selected)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="同时试几处改动，默认按核数")
+    args = parser.parse_args()
+    chosen = modules(args.selected)
     if not chosen:
         raise SystemExit("没有选中任何模块；写章节名（architecture）或 章节/模块（rl/clip）。")
     text = EQUIVALENTS.read_text(encoding="utf-8").splitlines()
@@ -101,7 +105,7 @@ def main() -> None:
     seen, failed = set(), 0
     for module in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            total, alive = mutate(module, Path(folder))
+            total, alive = mutate(module, Path(folder), args.jobs)
         rows = [(str(module), old, new) for _, old, new in alive]
         seen |= {*rows}
         bad = [row for row in rows if row not in known]
