@@ -335,6 +335,24 @@ def test_default_widths_of_the_clip_fraction_are_0_2():
     assert clip_fraction(*args, torch.ones_like(args[0])).item() == 0.25
 
 
+def test_each_width_reaches_its_own_side_of_the_clip_fraction():
+    """ρ=0.75、Â=−1 与 ρ=1.25、Â=+1：默认 0.2 时都被裁剪；放宽哪一侧，就只少哪一个。"""
+    args = case([[0.75], [1.25]], [[-1.0], [1.0]])
+    mask = tensor([[1.0], [3.0]])  # 权重不同，看得出少的是哪一个
+    assert clip_fraction(*args, mask).item() == 1.0
+    assert clip_fraction(*args, mask, clip_low=0.3).item() == 0.75
+    assert clip_fraction(*args, mask, clip_high=0.3).item() == 0.25
+
+
+def test_zero_value_clip_leaves_no_room_to_move():
+    """ε_v=0：截断后的价值就是 V_old=0，R=1 时两支是 (V−1)² 与 1。V=0.5 取 1，梯度 0；V=−1 取 4，梯度 −4。"""
+    values = tensor([[0.5, -1.0]])
+    loss, grad = grad_of(
+        clipped_value_loss, values, torch.zeros_like(values), torch.ones_like(values), value_clip=0.0
+    )
+    torch.testing.assert_close((loss, grad), (tensor([[1.0, 4.0]]), tensor([[0.0, -4.0]])))
+
+
 def test_the_log_ratio_is_not_clamped():
     """log ρ=25、Â=−1：损失与梯度都是 e²⁵。verl 与 OpenRLHF 在 20 处截断，公式里没有这一步。"""
     args = tensor([[-1.0]]), tensor([[-26.0]]), tensor([[-1.0]])

@@ -121,10 +121,14 @@ def test_waste_at_hand_values():
 # ---- 与独立实现一致 ----
 
 
-def test_loss_and_gradient_match_equation_8():
-    """一个组，式 8 的分母就是这一批的 token 数。"""
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.28), (0.8, 0.28), (0.2, 1.5)])
+def test_loss_and_gradient_match_equation_8(low, high):
+    """一个组，式 8 的分母就是这一批的 token 数。放宽的那一侧都有 token 因此不再被裁。"""
     args = case()
-    torch.testing.assert_close(loss_and_grad(dapo_loss, *args), equation_8(*args))
+    ours = loss_and_grad(dapo_loss, *args, clip_low=low, clip_high=high)
+    torch.testing.assert_close(ours, equation_8(*args, low, high))
+    if (low, high) != (0.2, 0.28):
+        assert (ours[1] - loss_and_grad(dapo_loss, *args)[1]).abs().max() > 0.01
 
 
 def test_gradient_matches_finite_differences():
@@ -315,6 +319,13 @@ def test_float32_in_float32_out():
     loss = dapo_loss(log_probs.float(), old_log_probs.float(), advantages.float(), loss_mask)
     shaped, _ = dapo_advantages(torch.tensor([1.0, -1.0]), torch.tensor([5, 17000]), group_size=2)
     assert loss.dtype == shaped.dtype == torch.float32
+
+
+def test_the_penalty_takes_the_dtype_of_the_rewards():
+    """长度是整数，惩罚自己算出来是 float32；奖励是 bfloat16 时优势也是 bfloat16。"""
+    rewards = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+    advantages, _ = dapo_advantages(rewards, torch.tensor([5, 5]), group_size=2)
+    assert advantages.dtype == torch.bfloat16
 
 
 def test_default_widths_and_limits_are_the_papers():

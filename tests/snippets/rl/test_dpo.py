@@ -459,16 +459,16 @@ def test_losses_are_not_reduced():
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan])
-def test_non_positive_kl_weight_is_refused(bad):
+def test_non_positive_kl_weight_is_refused_by_name(bad):
     ref = torch.zeros(1, 2)
-    for call in (
-        lambda: dpo_loss(*HAND, beta=bad),
-        lambda: implicit_rewards(*HAND, beta=bad),
-        lambda: dpo_loss_smoothed(*HAND, label_smoothing=0.1, beta=bad),
-        lambda: ipo_loss(*HAND, tau=bad),
-        lambda: kl_regularized_optimum(ref, ref, beta=bad),
+    for name, call in (
+        ("beta", lambda: dpo_loss(*HAND, beta=bad)),
+        ("beta", lambda: implicit_rewards(*HAND, beta=bad)),
+        ("beta", lambda: dpo_loss_smoothed(*HAND, label_smoothing=0.1, beta=bad)),
+        ("tau", lambda: ipo_loss(*HAND, tau=bad)),
+        ("beta", lambda: kl_regularized_optimum(ref, ref, beta=bad)),
     ):
-        with pytest.raises(ValueError, match="必须大于 0"):
+        with pytest.raises(ValueError, match=f"^{name}={bad}：.*必须大于 0"):
             call()
 
 

@@ -171,6 +171,26 @@ def test_clipping_is_applied_per_token():
     torch.testing.assert_close(torch.autograd.grad(loss, log_probs)[0], tensor([[0.0], [0.375]]))
 
 
+def test_each_width_reaches_its_own_side():
+    """优势 ±0.5、L_max=1：正优势 ρ=1.25、负优势 ρ=0.75，默认 0.2 时都没有梯度；放宽哪一侧，哪一个回到 −ρÂ/2。"""
+    for widths, expected in [
+        ({}, [[0.0], [0.0]]),
+        ({"clip_low": 0.3}, [[0.0], [0.1875]]),
+        ({"clip_high": 0.3}, [[-0.3125], [0.0]]),
+    ]:
+        log_probs = tensor([[1.25], [0.75]]).log().requires_grad_()
+        loss = dr_grpo_loss(
+            log_probs,
+            torch.zeros_like(log_probs).detach(),
+            tensor([1.0, 0.0]),
+            torch.ones(2, 1, dtype=torch.bool),
+            group_size=2,
+            max_response_length=1,
+            **widths,
+        )
+        torch.testing.assert_close(torch.autograd.grad(loss, log_probs)[0], tensor(expected))
+
+
 def test_default_clip_widths_are_the_papers():
     """不传宽度时上下都是 0.2（论文表 6）。优势 ±0.5、L_max=1：正优势 ρ=1.25 → 1.2，负优势 ρ=0.75 → 0.8；
     损失 (−1.2·0.5 + 0.8·0.5)/2 = −0.1，两个 token 都没有梯度。

@@ -410,6 +410,18 @@ def test_first_step_value_is_beta_kl_but_the_gradient_is_not_zero():
     assert abs(loss.item()) < 1e-15 < 0.1 < grad.norm().item()
 
 
+def test_each_width_reaches_its_own_side():
+    """两条各一个 token：ρ=0.75、Â=−1 与 ρ=1.25、Â=+1。默认 0.2 时梯度都是 0；放宽哪一侧，哪一个回到 −ρÂ/2。"""
+    old = tensor([[-3.0], [-3.0]])
+    args = old + tensor([[0.75], [1.25]]).log(), old, None, tensor([-1.0, 1.0]), torch.ones(2, 1).bool()
+    for widths, expected in [
+        ({}, [[0.0], [0.0]]),
+        ({"clip_low": 0.3}, [[0.375], [0.0]]),
+        ({"clip_high": 0.3}, [[0.0], [-0.625]]),
+    ]:
+        torch.testing.assert_close(value_and_grad(grpo_loss, *args, beta=0.0, **widths)[1], tensor(expected))
+
+
 def test_zero_variance_group_gives_zero_gradient_from_the_policy_term():
     """第一组全对：它的优势与梯度都是 0，第二组照常；打开 KL 后第一组只剩 KL 的梯度。"""
     log_probs, old, ref, _, mask = case()
