@@ -41,13 +41,12 @@ def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, 
         if not path.name.startswith("test_"):
             shutil.copy(path, folder / "tests/snippets")
     shutil.copy(ROOT / f"tests/snippets/{module.parent}/test_{module.name}.py", tests)
-    # mutmut 在一个进程里跑几遍 pytest，jaxtyping 的命令行开关第二遍就报错：改为只装一次钩子，形状检查照旧
-    with open(folder / "tests/snippets/conftest.py", "a", encoding="utf-8") as file:
-        file.write("\n\nimport jaxtyping\n\njaxtyping.install_import_hook('snippets', 'beartype.beartype')\n")
+    shutil.copy(Path(__file__).with_name("mutation_conftest.py"), folder / "tests/conftest.py")
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     settings = settings.replace(" --jaxtyping-packages=snippets,beartype.beartype", "")
     settings += f'\n[tool.mutmut]\nsource_paths = ["snippets"]\nonly_mutate = ["snippets/{module}.py"]\n'
-    settings += 'also_copy = ["snippets", "tests"]\n'
+    # 超过平时的 5 倍又 10 秒就算死循环（默认 15 倍）；起了几个进程的测试一卡就是几十秒
+    settings += 'also_copy = ["snippets", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 10.0\n'
     (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
 
     result = run(folder, "run", "--max-children", str(jobs))

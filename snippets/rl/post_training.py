@@ -56,8 +56,8 @@ def best_of_n_policy(
     lower = (rewards[:, None] > rewards).to(ref_probs)
     below, tie = lower @ ref_probs, same @ ref_probs  # F⁻ 与这一档的概率 F − F⁻
     top = (below + tie) ** n - below**n
-    # 这一档概率为 0 时 0/0：里面的答案概率也是 0
-    return torch.where(tie > 0, top * ref_probs / tie.where(tie > 0, 1), 0)
+    # 这一档概率为 0 时分子恰好是 0，分母换成 1，避免 0/0
+    return top * ref_probs / tie.where(tie > 0, 1)
 
 
 # --8<-- [end:best_of_n_policy]

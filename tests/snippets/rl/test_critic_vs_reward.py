@@ -130,6 +130,7 @@ def test_state_value_is_read_one_position_before_its_token():
     """提示 2 个、回答 3 个 token，输出就是位置号：三个价值在位置 1、2、3，位置 4（看过最后一个 token）不读。"""
     outputs = torch.arange(5.0, dtype=torch.float64).repeat(2, 1)
     assert_close(state_values(outputs, response_length=3), tensor([[1.0, 2.0, 3.0]] * 2))
+    assert_close(state_values(outputs, response_length=1), tensor([[3.0]] * 2))
 
 
 # ---- 与独立实现一致 ----

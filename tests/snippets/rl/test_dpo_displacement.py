@@ -82,9 +82,9 @@ def test_nll_defaults_by_hand():
 
 
 def test_nll_divides_each_pair_by_its_own_length():
-    """两对相同、长度 2 与 8：NLL 分别是 2/2 与 2/8，不是除以平均长度 5。"""
-    value = dpo_nll_loss(*[x.repeat(2) for x in UP], torch.tensor([2, 8]), beta=0.5)
-    assert value.tolist() == pytest.approx([1.126928, 0.376928], abs=1e-6)
+    """三对相同、长度 2、8 与 1：NLL 分别是 2/2、2/8 与 2/1，不是除以平均长度。"""
+    value = dpo_nll_loss(*[x.repeat(3) for x in UP], torch.tensor([2, 8, 1]), beta=0.5)
+    assert value.tolist() == pytest.approx([1.126928, 0.376928, 2.126928], abs=1e-6)
 
 
 def test_rates_by_hand():

@@ -354,6 +354,12 @@ def test_std_version_divides_by_the_group_std():
     torch.testing.assert_close(advantages, 1.5 / 2**0.5 * tensor([1, -1, -1, 1, 0, 0]))
 
 
+def test_default_epsilon_is_one_millionth():
+    """(√2·1e-6, 0)：样本标准差恰好 1e-6，默认的 ε 再加 1e-6，优势 ±(√2/2)/2。"""
+    advantages = gpg_advantages(tensor([2**0.5 * 1e-6, 0]), group_size=2, scale_by_std=True)
+    torch.testing.assert_close(advantages, tensor([1, -1]) * 2**0.5 / 4)
+
+
 def test_alpha_is_invariant_to_affine_rewards_and_verl_is_not():
     rewards = tensor([1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0])
     for scale, shift in [(2.0, -1.0), (-3.0, 0.5), (0.1, 7.0)]:

@@ -92,6 +92,8 @@ def test_first_step_by_hand():
         for sign in (1, -1):
             ours = first_step_policy_loss(sign * advantages, lengths, mode=mode, max_response_length=L_MAX)
             torch.testing.assert_close(ours, tensor(sign * value))
+    shortest = first_step_policy_loss(advantages, lengths, mode=CONSTANT, max_response_length=1)
+    torch.testing.assert_close(shortest, tensor(1.0))  # 除以 1 就是按条求和
 
 
 def test_lower_bound_by_hand():
@@ -146,7 +148,8 @@ def test_first_step_equals_the_real_loss_at_ratio_one(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("clip_low", "clip_high"), [(0.2, 0.2), (0.2, 0.28), (0.0, 0.5), (1.0, 0.2), (10.0, 10.0)]
+    ("clip_low", "clip_high"),
+    [(0.2, 0.2), (0.2, 0.28), (0.0, 0.5), (0.2, 0.0), (1.0, 0.2), (10.0, 10.0)],
 )
 def test_lower_bound_equals_a_brute_force_search(mode, clip_low, clip_high):
     """网格覆盖 [1e-9, 30] 并含两个端点；ε_low≥1 时下确界在 ρ→0，网格最小处离它不到 1e-8。"""

@@ -129,6 +129,12 @@ def test_extreme_logits_stay_finite():
     assert logits.softmax(-1).log()[0, 0, 1] == -math.inf
 
 
+def test_one_token_vocabulary_is_certain():
+    """词表只有一个 token：概率是 1；被忽略的位置照样是 0，占位的下标不能越界。"""
+    labels = torch.tensor([[0, IGNORE_INDEX]])
+    assert not log_probs_from_logits(torch.randn(1, 2, 1), labels).any()
+
+
 def test_row_without_response_tokens_is_zero():
     log_probs = torch.full((B, T), -1.0)
     mask = torch.zeros(B, T, dtype=torch.bool)

@@ -121,10 +121,11 @@ def test_equal_lengths_make_token_mean_and_sequence_mean_agree():
     torch.testing.assert_close(*pair)
 
 
-def test_norm_mode_is_the_sum_mode_divided_by_a_constant():
+@pytest.mark.parametrize("length", [1, 9])
+def test_norm_mode_is_the_sum_mode_divided_by_a_constant(length):
     losses, mask = case()
-    total, normed = (loss_and_grad(losses, mask, mode)[0] for mode in AGGREGATION_MODES[2:])
-    torch.testing.assert_close(normed * 9, total)
+    total, normed = (loss_and_grad(losses, mask, mode, length)[0] for mode in AGGREGATION_MODES[2:])
+    torch.testing.assert_close(normed * length, total)
 
 
 def test_a_40_times_longer_response_gets_a_40_times_smaller_weight_only_in_sequence_mean():

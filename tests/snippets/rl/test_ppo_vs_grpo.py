@@ -81,6 +81,12 @@ def test_one_spike_by_hand(lam, expected):
     torch.testing.assert_close(credit, expected)
 
 
+def test_a_single_token_keeps_its_own_kl():
+    old, ref = torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), -2.0, dtype=torch.float64)
+    credit = reward_kl_credit(old, ref, torch.ones(1, 1, dtype=torch.bool), kl_coef=0.1)
+    torch.testing.assert_close(credit, torch.full_like(credit, -0.2))
+
+
 # ---- 与真正的损失对拍 ----
 
 

@@ -508,6 +508,14 @@ def test_advantages_carry_no_gradient_and_only_the_policy_gets_one():
     assert grads[0] is not None and grads[1] is None and grads[2] is None
 
 
+def test_epsilon_is_added_to_the_variance_of_two_sequences():
+    """两条 ±1e-4：s² = 2e-8，加上 1e-8 是 3e-8，优势 ±1e-4/√3e-8 = ±1/√3；全部同分时是 0，不是 NaN。"""
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    advantages = whiten_per_sequence(tensor([1e-4, -1e-4]), mask)
+    torch.testing.assert_close(advantages, tensor([[1.0], [-1.0]]) / math.sqrt(3))
+    assert not whiten_per_sequence(tensor([0.7, 0.7]), mask).any()
+
+
 def test_per_sequence_whitening_is_zero_on_padding():
     rewards, _, _, mask = random_batch()
     assert (whiten_per_sequence(rewards, mask)[~mask] == 0).all()

@@ -150,6 +150,12 @@ def test_adaptive_coefficient_moves_towards_the_budget():
     assert abs(1 + (9.0 / 0.1 - 1) * 0.1 - update[9.0]) > 8
 
 
+def test_the_shortest_horizon_moves_by_the_clipped_error():
+    """H=N=1：KL 高出一成，系数就乘 1.1。"""
+    updated = adaptive_kl_coef(2.0, 1.1, target_kl=1.0, num_samples=1, horizon=1)
+    assert updated == pytest.approx(2.2)
+
+
 @pytest.mark.parametrize(
     "call",
     [

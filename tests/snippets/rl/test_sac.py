@@ -52,6 +52,11 @@ def test_q_target_by_hand():
     torch.testing.assert_close(y, tensor([5.5, 1.0]))
 
 
+def test_zero_discount_leaves_the_reward():
+    args = tensor([1.0]), tensor([5.0]), tensor([4.0]), tensor([-2.0]), torch.tensor([False])
+    torch.testing.assert_close(soft_q_target(*args, alpha=0.5, gamma=0.0), tensor([1.0]))
+
+
 def test_actor_loss_by_hand():
     """0.5·(−2)−min(3, 1)=−2 与 0.5·1−min(0, 4)=0.5，平均 −0.75。"""
     loss = sac_actor_loss(tensor([-2.0, 1.0]), tensor([3.0, 0.0]), tensor([1.0, 4.0]), alpha=0.5)

@@ -190,6 +190,7 @@ def test_only_the_upper_bound_feeds_tokens_inside_and_only_the_lower_drains_them
 def test_gradient_sums_to_zero_and_scales_with_the_advantage():
     logits, old = random_policies(4)
     one = expected_logit_gradient(logits.log_softmax(0), old, mean_abs_advantage=1.0)
+    torch.testing.assert_close(expected_logit_gradient(logits.log_softmax(0), old), one)  # 1 是默认值
     assert abs(one.sum()) < 1e-12 and one.abs().max() > 0.01
     three = expected_logit_gradient(logits.log_softmax(0), old, mean_abs_advantage=3.0)
     torch.testing.assert_close(three, 3 * one)
@@ -204,6 +205,11 @@ def test_a_likely_token_can_never_pass_the_upper_bound():
 
 
 # ---- 边界 ----
+
+
+def test_no_advantage_no_gradient():
+    """每组都同分时 E|Â|=0：裁剪照旧，系数处处是 0。"""
+    assert not expected_clipped_coefficient(tensor([0.5, 1.0, 1.5]), mean_abs_advantage=0.0).any()
 
 
 def test_defaults_are_unit_advantage_and_point_two():

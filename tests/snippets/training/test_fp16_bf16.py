@@ -316,6 +316,7 @@ def test_promotion_happens_every_interval_terms_and_into_fp32():
     assert chunked_sum(ones, FORMATS["BF16"], interval=257).tolist() == [2 * 256 + 86] * 2
     terms = torch.tensor([2.0**24, 1.0], dtype=torch.float64)
     assert chunked_sum(terms, FORMATS["FP32"], interval=1).item() == 2.0**24
+    assert chunked_sum(terms[:1], FORMATS["BF16"], interval=1).item() == 2.0**24
 
 
 def test_products_of_two_bf16_numbers_are_exact_in_float32():

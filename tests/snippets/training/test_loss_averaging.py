@@ -640,20 +640,33 @@ def test_bfloat16_in_bfloat16_out():
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("message", "call"),
     [
-        lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=0),
-        lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=torch.tensor(0)),
-        lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=4, dp_size=0),
-        lambda z, y: naive_mean_of_means_loss(z, y, grad_accum_steps=0),
-        lambda z, y: global_sequence_mean_loss(z, y, num_sequences=0),
-        lambda z, y: global_sequence_mean_loss(z, y, num_sequences=1, dp_size=0),
-        lambda z, y: accumulate_gradients(lambda ids: z, [(y, y)], dp_size=2),
+        ("num_items_in_batch=0：", lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=0)),
+        (
+            "num_items_in_batch=0：",
+            lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=torch.tensor(0)),
+        ),
+        ("dp_size=0：", lambda z, y: global_token_mean_loss(z, y, num_items_in_batch=4, dp_size=0)),
+        ("grad_accum_steps=0：", lambda z, y: naive_mean_of_means_loss(z, y, grad_accum_steps=0)),
+        ("num_sequences=0：", lambda z, y: global_sequence_mean_loss(z, y, num_sequences=0)),
+        ("dp_size=0：", lambda z, y: global_sequence_mean_loss(z, y, num_sequences=1, dp_size=0)),
+        (
+            "必须传入 num_items_in_batch",
+            lambda z, y: accumulate_gradients(lambda ids: z, [(y, y)], dp_size=2),
+        ),
     ],
 )
-def test_meaningless_scalars_are_refused(call):
-    with pytest.raises(ValueError):
+def test_meaningless_scalars_are_refused_by_name(message, call):
+    with pytest.raises(ValueError, match=message):
         call(torch.zeros(1, 3, V), torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_one_valid_token_is_enough():
+    """三个目标只留一个，logits 全 0：loss 就是 log V。"""
+    labels = torch.tensor([[3, -100, -100, 1]])
+    loss = global_token_mean_loss(torch.zeros(1, 4, V), labels, num_items_in_batch=1)
+    torch.testing.assert_close(loss, torch.tensor(float(V)).log())
 
 
 # ---------------------------------------------------------------- 被拒绝的错误写法
