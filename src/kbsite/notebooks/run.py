@@ -1,22 +1,25 @@
 """执行笔记：只执行缓存里没有的，几份同时跑，出错时说清是哪份、哪个单元、哪一行。"""
 
 import asyncio
+import json
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets.config import Config
 
 from ..errors import KbsiteError, NotebookRunError
-from . import cache
+from . import cache, sandbox
 from .key import KERNEL, cache_key
 from .source import Cell, Notebook
 
@@ -24,6 +27,8 @@ log = logging.getLogger("mkdocs.plugins.kbsite")
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 TRACEBACK_LINES = 12
+# 一份笔记的全部输出；现有的最大一份是 0.1 MB
+OUTPUT_LIMIT = 20_000_000
 # 用本环境的 Python 起内核，不理会用户自己装的同名内核
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
 
@@ -37,6 +42,29 @@ class Executed:
 
     def outputs_of(self, cell: Cell) -> list:
         return self.outputs[self.notebook.code_cells.index(cell)]
+
+
+class _Kernel(AsyncKernelManager):
+    """内核由看守进程启动。"""
+
+    limits: sandbox.Limits
+
+    def format_kernel_cmd(self, extra_arguments=None):
+        kernel = super().format_kernel_cmd(extra_arguments)
+        return [sys.executable, "-I", sandbox.__file__, json.dumps(asdict(self.limits)), *kernel]
+
+
+class _Client(NotebookClient):
+    """输出太多时结束内核，而不是把输出都收进内存。"""
+
+    received = 0
+
+    def output(self, outs, msg, display_id, cell_index):
+        self.received += len(repr(msg["content"]))
+        if self.received > OUTPUT_LIMIT:
+            self.km.provisioner.process.terminate()
+            return None
+        return super().output(outs, msg, display_id, cell_index)
 
 
 def execute_all(notebooks: list[Notebook], root: Path, cache_dir: Path, *, jobs: int | None = None) -> list[Executed]:  # fmt: skip
@@ -62,6 +90,8 @@ async def _execute_stale(
     done = 0
     started = time.monotonic()
     log.info("执行笔记：%d 份要跑，%d 份同时。", len(stale), min(jobs, len(stale)))
+    if (version := sandbox.landlock_version()) < 6:
+        log.info("  系统%s Landlock，执行时防住的比文档写的少：不要在这里执行不信任的笔记。", "没有" if not version else f"只有第 {version} 版的")  # fmt: skip
 
     async def one(notebook: Notebook) -> list:
         nonlocal done
@@ -95,20 +125,23 @@ async def _execute(notebook: Notebook, root: Path, cache_dir: Path) -> list:
         shutil.copytree(KERNEL, scratch / ".ipython" / "profile_default")
         for file in notebook.data:
             shutil.copy(file, scratch / file.name)
-        client = NotebookClient(
+        # 经由临时文件夹里的 Unix 套接字与内核通信：不占端口，别的用户也连不上
+        connection = {"transport": "ipc", "ip": str(scratch / "ipc"), "connection_file": str(scratch / "kernel.json")}  # fmt: skip
+        client = _Client(
             node,
             kernel_name="python3",
-            # 经由临时文件夹里的 Unix 套接字与内核通信：不占端口，别的用户也连不上
-            config=Config(KernelManager={"transport": "ipc", "ip": str(scratch / "ipc")}),
+            kernel_manager_class=_Kernel,
+            config=Config(KernelManager=connection),
             timeout=notebook.timeout,
             startup_timeout=120,
             resources={"metadata": {"path": str(scratch)}},
             record_timing=False,
         )
+        manager = client.create_kernel_manager()
+        limits = manager.limits = _limits(notebook, root, scratch, cache_dir)
         try:
-            limit = asyncio.timeout(notebook.timeout + 120)
-            async with limit:
-                await client.async_execute(env=_environment(root, scratch, cache_dir))
+            async with asyncio.timeout(notebook.timeout + 120):
+                await client.async_execute(env=_environment(root, limits))
         except CellExecutionError as error:
             raise _cell_error(notebook, node, error, time.monotonic() - began) from None
         except (CellTimeoutError, TimeoutError):
@@ -120,22 +153,34 @@ async def _execute(notebook: Notebook, root: Path, cache_dir: Path) -> list:
         except DeadKernelError:
             cell = _running_cell(notebook, node)
             raise NotebookRunError(
-                f"{notebook.path}:{cell.line} [{_name(cell)}]: 内核死亡（多半是内存不足或崩溃在 C 代码里）。"
+                f"{notebook.path}:{cell.line} [{_name(cell)}]: {_cause_of_death(client, manager)}"
             ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return [[_plain(output) for output in cell.outputs] for cell in node.cells]
 
 
-def _environment(root: Path, scratch: Path, cache_dir: Path) -> dict[str, str]:
-    """内核的环境变量：不带外面的 Python 设置，单线程，固定散列种子。"""
+def _limits(notebook: Notebook, root: Path, scratch: Path, cache_dir: Path) -> sandbox.Limits:
+    """能写的只有临时文件夹与 matplotlib 的字体清单；用户目录里只读项目、Python 与本工具。"""
     matplotlib_cache = cache_dir / ".matplotlib"
     matplotlib_cache.mkdir(parents=True, exist_ok=True)
+    readable = (root, scratch, KERNEL, Path(sys.prefix), Path(sys.base_prefix))
+    return sandbox.Limits(
+        home=str(Path.home().resolve()),
+        readable=tuple(str(path.resolve()) for path in readable),
+        writable=(str(scratch), str(matplotlib_cache)),
+        tcp=notebook.tcp,
+    )
+
+
+def _environment(root: Path, limits: sandbox.Limits) -> dict[str, str]:
+    """内核的环境变量：不带外面的 Python 设置，单线程，固定散列种子。"""
+    scratch, matplotlib_cache = limits.writable
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ}
     return kept | {
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
-        "IPYTHONDIR": str(scratch / ".ipython"),
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "IPYTHONDIR": os.path.join(scratch, ".ipython"),
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
@@ -143,10 +188,21 @@ def _environment(root: Path, scratch: Path, cache_dir: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MATPLOTLIBRC": str(KERNEL / "matplotlibrc"),
-        "MPLCONFIGDIR": str(matplotlib_cache),
+        "MPLCONFIGDIR": matplotlib_cache,
         "SOURCE_DATE_EPOCH": "0",
-        "KBSITE_WRITABLE": os.pathsep.join([str(scratch), str(matplotlib_cache)]),
+        "KBSITE_WRITABLE": os.pathsep.join(limits.writable),
     }
+
+
+def _cause_of_death(client: _Client, manager: _Kernel) -> str:
+    if client.received > OUTPUT_LIMIT:
+        return f"输出超过 {OUTPUT_LIMIT // 10**6} MB，已经停下。先汇总再打印。"
+    code = manager.provisioner.process.returncode
+    if code == sandbox.TOO_MUCH_MEMORY:
+        return f"内存超过 {manager.limits.memory / (1 << 30):g} GiB（连同子进程），已经停下。缩小实验。"
+    if code == sandbox.TOO_MANY_PROCESSES:
+        return f"同时有超过 {manager.limits.processes} 个进程，已经停下。少开几个。"
+    return "内核死亡（多半是崩溃在 C 代码里）。把这个单元单独跑一次，看它在哪一行停下。"
 
 
 def _name(cell: Cell) -> str:

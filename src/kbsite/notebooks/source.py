@@ -35,13 +35,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Notebook:
-    """一份笔记。`key` 是专题键，如 `rl/dr-grpo`；`timeout` 与 `data` 来自文件头的 `kb:`。"""
+    """一份笔记。`key` 是专题键，如 `rl/dr-grpo`；`timeout`、`data`、`tcp` 来自文件头的 `kb:`。"""
 
     key: str
     path: Path
     cells: tuple[Cell, ...]
     timeout: float = TIMEOUT
     data: tuple[Path, ...] = field(default=())
+    tcp: bool = False
 
     @property
     def code_cells(self) -> tuple[Cell, ...]:
@@ -77,10 +78,10 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
     cells = tuple(_cell(path, cell, start) for cell, start in zip(parsed.cells, starts, strict=True))
     _refuse_duplicates(path, cells)
     settings = parsed.metadata.get("kb", {})
-    unknown = set(settings) - {"timeout", "data"}
+    unknown = set(settings) - {"timeout", "data", "tcp"}
     if unknown:
         raise NotebookSourceError(
-            f"{path}:1: 文件头 kb: 里有未知的键 {sorted(unknown)}。可用的有 timeout、data。"
+            f"{path}:1: 文件头 kb: 里有未知的键 {sorted(unknown)}。可用的有 timeout、data、tcp。"
         )
     data = tuple(path.parent / name for name in settings.get("data", ()))
     for file in data:
@@ -92,6 +93,7 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
         cells=cells,
         timeout=float(settings.get("timeout", TIMEOUT)),
         data=data,
+        tcp=bool(settings.get("tcp", False)),
     )
 
 
