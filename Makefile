@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve build zip cards test check topics bench search-eval mutation lock clean
+.PHONY: help install serve build zip test check topics cards new-page urls summary bench search-eval mutation generators lock clean
 
 PYTHON ?= python3
 # PyTorch 的 CPU 版不在 PyPI 上；连不上这里时，pip 用本机已配置的来源
@@ -29,6 +29,9 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 
 help: ## 列出命令
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/test.stamp node_modules/.package-lock.json ## 只安装：之后的命令不用网络
+	@$(BIN)/python -m kbsite browser
 
 serve: $(VENV)/site.stamp node_modules/.package-lock.json ## 安装、执行笔记、建站，在 http://127.0.0.1:8000 打开，改动后自动重建
 	@$(BIN)/python -m mkdocs serve --dev-addr $(or $(ADDR),127.0.0.1:8000)
@@ -56,7 +59,6 @@ topics: $(VENV)/site.stamp ## 列出笔记中还没有页面的标题
 cards: $(VENV)/site.stamp ## 写出 Anki 牌组 cards.apkg（站里 interviews/cards.apkg 是同一个文件）；SITE_URL=… 时牌上带链接
 	@$(BIN)/python -m kbsite cards
 
-.PHONY: new-page urls summary
 # KEY、TITLE 经环境传过去：标题里的引号、空格不经过 shell
 new-page: $(VENV)/site.stamp ## 新建一页：make new-page KEY=rl/gspo TITLE="序列级裁剪（GSPO）"
 	@$(BIN)/python -m kbsite new-page "$${KEY-}" "$${TITLE-}"
@@ -85,6 +87,9 @@ search-eval: $(VENV)/test.stamp build ## 检索评测：质量、字节、按键
 
 mutation: $(VENV)/mutation.stamp ## 变异测试：改坏参考实现，列出测试抓不住的改动；ARGS="rl/clip" 只测一处
 	@$(BIN)/python bench/mutation.py $(ARGS)
+
+generators: $(VENV)/generators.stamp node_modules/.package-lock.json ## 换生成器要付出什么：与 ProperDocs、Zensical 建的站比
+	@$(BIN)/python bench/generators.py
 
 lock: $(VENV)/site.stamp ## 由 requirements/*.in 重写锁定文件
 	@$(BIN)/python -m pip install --quiet pip-tools
@@ -115,6 +120,10 @@ $(VENV)/test.stamp: $(VENV)/site.stamp requirements/test.txt
 
 $(VENV)/mutation.stamp: $(VENV)/test.stamp requirements/mutation.txt
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/mutation.txt
+	@touch $@
+
+$(VENV)/generators.stamp: $(VENV)/site.stamp requirements/generators.txt
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/generators.txt
 	@touch $@
 
 node_modules/.package-lock.json: package.json package-lock.json .npmrc $(VENV)/site.stamp
