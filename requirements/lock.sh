@@ -12,4 +12,4 @@ compile() {
   awk '/^torch==/ {skip = 1; next} /^[^ ]/ {skip = 0} !skip' "$2.all" > "$2.txt"
   rm "$2.all"
 }
-for name in site test mutation; do compile "${1:?python}" "$name"; done
+for name in site test mutation generators; do compile "${1:?python}" "$name"; done

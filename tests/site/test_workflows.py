@@ -1,5 +1,6 @@
 """GitHub 工作流：schema 合法、zizmor 没有发现、动作都钉在完整的提交散列上、权限最小。"""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,12 +17,14 @@ def run(*args):
     return subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_there_is_a_check_and_a_deployment():
-    assert [path.stem for path in WORKFLOWS] == ["check", "deploy"]
+def test_these_are_all_the_workflows():
+    assert [path.stem for path in WORKFLOWS] == ["check", "deploy", "generators"]
 
 
 def test_workflows_match_the_schema():
     result = run("check_jsonschema", "--builtin-schema", "vendor.github-workflows", *map(str, WORKFLOWS))
+    assert result.returncode == 0, result.stdout
+    result = run("check_jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
     assert result.returncode == 0, result.stdout
 
 
@@ -30,7 +33,7 @@ def test_zizmor_finds_nothing():
         Path(sys.executable).with_name("zizmor"),
         "--offline",
         "--persona=pedantic",
-        ".github/workflows",
+        ".github",
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -48,6 +51,17 @@ def test_check_runs_foreign_code_without_secrets_or_write_access():
     assert workflow["permissions"] == {"contents": "read"}
     assert "secrets." not in text and "pull_request_target" not in workflow[True]  # YAML 把 on 读成 True
     assert "persist-credentials: false" in text
+    assert "id-token" not in text and "write" not in workflow["jobs"]["test"].get("permissions", {}).values()
+
+
+def test_check_has_no_network_after_installation():
+    """提交者的代码只在两种步骤里执行：安装（Makefile），与断了网的。"""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    makes = [line for command in commands for line in command.splitlines() if "make " in line]
+    assert makes[0] == "make install"
+    assert len(makes) > 1 and all(line.startswith(".github/no-network.sh ") for line in makes[1:])
+    assert os.access(ROOT / ".github/no-network.sh", os.X_OK)
 
 
 def test_deployment_builds_the_archive_first_and_publishes_it():
