@@ -5,6 +5,8 @@
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#   kb:
+#     tcp: true
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
