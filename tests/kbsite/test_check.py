@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from kbsite.__main__ import main
-from kbsite.check import RULES, check, fix
+from kbsite.check import RULES, _apply, check, fix
 from kbsite.check.anatomy import SECTIONS
-from kbsite.check.findings import Finding
+from kbsite.check.findings import Edit, Finding
 from kbsite.check.formulas import macros
 from kbsite.check.metadata import answer_length
 from kbsite.check.page import read_page
@@ -363,6 +363,11 @@ def test_folds_do_not_count_towards_length(site):
     assert rules(site) == set()
 
 
+def test_text_after_a_fold_counts(site):
+    page_with(site, '??? note "短"\n    一句。\n\n' + ("一段不长也不短的话。" * 90 + "\n\n") * 2)
+    assert rules(site) == {"KB104"}
+
+
 @pytest.mark.parametrize(
     "path, text",
     [
@@ -437,6 +442,11 @@ def test_internal_links(site, link, good):
 def test_numbers_beside_a_cell(site, sentence, good):
     page_with(site, body=BODY.replace("被裁掉的占 37.5%。", sentence))
     assert rules(site) == (set() if good else {"KB201"})
+
+
+def test_the_paragraph_before_a_cell_is_checked(site):
+    page_with(site, body=BODY.replace("看被裁掉多少。", "看是不是 73.5%。"))
+    assert rules(site) == {"KB201"}
 
 
 def test_numbers_far_from_a_cell_are_not_checked(site):
@@ -545,6 +555,7 @@ def test_what_needs_a_person_is_not_fixed(site, text):
         "| 中 | a |\n| --- | --- |\n| 中，\n| b |",
         "# 不是标题的 `#`\n".replace("# ", "", 1),
         "中\n\n中",
+        "### 中\n中",
         "1. 中\n2. 中",
         "> 中\n> 中",
         "English (note), then more.",
@@ -595,6 +606,7 @@ def test_bad_formulas(site, tex, fact):
         r"\begin{cases}1\\2\end{cases}",
         r"\lvert x\rvert",
         r"\max_x",
+        r"\left\{x\right.",
     ],
 )
 def test_good_formulas(site, tex):
@@ -606,6 +618,8 @@ def test_formula_in_heading_stray_dollar_and_bar_in_table(site):
     for text in ("### 除以 $d$", "只要 $ 5", "| 甲 |\n| --- |\n| $a|b$ |"):
         page_with(site, text)
         assert rules(site) == {"KB303"}, text
+    page_with(site, "只要 \\$5 与 \\$6。")
+    assert rules(site) == set()
 
 
 @pytest.mark.parametrize(
@@ -655,6 +669,7 @@ def test_macros_are_what_mathjax_knows():
         ('看。\n\n--8<-- "rl/none/fraction.md"', "KB401"),
         ('### 标题\n\n--8<-- "rl/clip/fraction.md"', "KB401"),
         ('看。\n\n--8<-- "rl/clip/fraction.md"\n\n--8<-- "rl/clip/fraction.md"', "KB401"),
+        ('看。\n\n--8<-- "rl/clip/fraction.md"\n读。', "KB401"),
         ('看。\n\n-- 8<-- "rl/clip/fraction.md"', "KB401"),
         ('```python\n--8<-- "snippets/rl/clip.py:none"\n```', "KB402"),
         ('```python\n--8<-- "snippets/rl/none.py"\n```', "KB402"),
@@ -716,7 +731,16 @@ def test_symbolic_links_are_refused_and_not_followed(site, target):
     path = site / target
     path.unlink(missing_ok=True)
     path.symlink_to(site / "docs" if target == "docs/loop" else "/etc/passwd")
-    assert ("KB502", target, 1) in found(site)
+    assert [finding for finding in found(site) if finding[1].startswith(target)] == [("KB502", target, 1)]
+
+
+def test_unreadable_notebook_is_not_reported_again_by_its_pages(site):
+    (site / "notebooks/rl/clip.py").write_text(HEADER.replace("label", "lable"), encoding="utf-8")
+    assert found(site) == [("KB403", "notebooks/rl/clip.py", 15)]
+
+
+def test_overlapping_edits_wait_for_the_next_pass():
+    assert _apply("abc", [Edit(0, 2, "x"), Edit(1, 3, "y")]) == "ay"
 
 
 def test_missing_folders(tmp_path):

@@ -57,9 +57,7 @@ def fix(root: Path, paths: list[str] = ()) -> list[str]:
         if not edits:
             break
         for name, wanted in edits.items():
-            text = site.texts[name]
-            if text == site.raw[name]:
-                text = _apply(text, sorted(wanted))
+            text = _apply(site.texts[name], sorted(wanted))
             with open(root / name, "w", encoding="utf-8", newline="") as file:
                 file.write(text)
             changed[name] = None

@@ -36,12 +36,12 @@ def findings(site: Site) -> Iterator[Finding]:
 
 def _text(site: Site, name: str) -> Iterator[Finding]:
     raw, text = site.raw[name], site.texts[name]
-    whole = (Edit(0, len(raw), text),)
+    rewrite = (Edit(0, 0, ""),)  # 写回去的总是 texts 里换行统一过的那一份
     if raw.startswith("\ufeff"):
-        yield Finding(name, 1, "KB501", "文件开头有 BOM", "另存为不带 BOM 的 UTF-8", whole)
+        yield Finding(name, 1, "KB501", "文件开头有 BOM", "另存为不带 BOM 的 UTF-8", rewrite)
     if "\r\n" in raw:
         line = raw.count("\n", 0, raw.index("\r\n")) + 1
-        yield Finding(name, line, "KB501", "换行是 CRLF", "换行改成 LF", whole)
+        yield Finding(name, line, "KB501", "换行是 CRLF", "换行改成 LF", rewrite)
     if text and not text.endswith("\n"):
         edits = (Edit(len(text), len(text), "\n"),)
         yield Finding(name, text.count("\n") + 1, "KB501", "文件不以换行结尾", "末尾加一个换行", edits)

@@ -30,7 +30,7 @@ INLINE = re.compile(
     re.X | re.S,
 )
 NOT_TOPICS = {"about", "api", "assets"}
-MASKS = {"code": CODE, "math": MATH, "display": MATH, "escape": None}
+MASKS = {"code": CODE, "math": MATH, "display": MATH}
 HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t]*$", re.M)
 BLOCK = re.compile(r"^([ \t]*)(?:!!!|\?\?\?\+?)[ \t]+([\w -]+?)[ \t]*(?:\"(.*)\")?[ \t]*$", re.M)
 KEY = re.compile(r"^[\w-]+:[ \t]*['\"]?|['\"][ \t]*$", re.M)
@@ -156,8 +156,7 @@ def read_page(path: str, text: str) -> Page:
             )
         elif kind == "code":
             codes.append((match[0].strip("`"), match.start()))
-        if char := MASKS.get(kind, OTHER):
-            mask(match.start(), match.end(), char)
+        mask(match.start(), match.end(), MASKS.get(kind, OTHER))
     for match in INCLUDE.finditer(text, body):
         mask(match.start(), match.end(), OTHER)
     for match in BLOCK.finditer(visible, body):
