@@ -333,9 +333,16 @@ def test_nothing_changed_is_said_plainly(tmp_path):
 
 
 def test_without_a_built_base_the_pages_are_still_listed(tmp_path):
-    write(tmp_path / "a", "docs/rl/demo.md", "# 旧\n")
-    markdown = changes.summary(tmp_path / "a", built(tmp_path / "b", {"x": words("1")}))
-    assert "docs&#47;rl&#47;demo&#46;md" in markdown and "没有比较" in markdown
+    """没有合并前的片段：不能把每一页都说成「单元变了」。"""
+    embed = '--8<-- "rl/demo/x.md"\n'
+    write(tmp_path / "a", "docs/rl/demo.md", f"# 旧\n\n{embed}")
+    head = built(tmp_path / "b", {"x": words("1")}, f"# 新\n\n{embed}")
+    write(head, ".cache/fragments/rl/demo/x.md", "1\n")
+    markdown = changes.summary(tmp_path / "a", head)
+    assert [row.split("|")[:3] for row in page_rows(markdown)] == [
+        ["docs/rl/demo.md", "docs/rl/demo.md", "正文"]
+    ]
+    assert "没有比较" in markdown
 
 
 def test_a_head_that_was_not_built_is_an_error_with_the_cure(tmp_path):
