@@ -5,7 +5,6 @@
 """
 
 import argparse
-import csv
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ def modules(selected: list[str]) -> list[Path]:
 
 def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, str, str]]]:
     """在 `folder` 里改坏一个模块；返回改动总数与漏网的（状态、原行、新行）。"""
-    for name in ("snippets", "tests/golden"):
+    for name in ("snippets", "notebooks", "tests/golden"):
         shutil.copytree(ROOT / name, folder / name)
     tests = folder / "tests/snippets" / module.parent
     tests.mkdir(parents=True)
@@ -46,7 +45,9 @@ def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, 
     settings = settings.replace(" --jaxtyping-packages=snippets,beartype.beartype", "")
     settings += f'\n[tool.mutmut]\nsource_paths = ["snippets"]\nonly_mutate = ["snippets/{module}.py"]\n'
     # 超过平时的 5 倍又 10 秒就算死循环（默认 15 倍）；起了几个进程的测试一卡就是几十秒
-    settings += 'also_copy = ["snippets", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 10.0\n'
+    settings += (
+        'also_copy = ["snippets", "notebooks", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 10.0\n'
+    )
     (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
 
     result = run(folder, "run", "--max-children", str(jobs))
@@ -77,6 +78,19 @@ def same_meaning(old: str, new: str) -> bool:
     return normal(old) == normal(new)
 
 
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """等价表：（模块，原行，改后）到理由。"""
+    rows = {}
+    for number, line in enumerate(EQUIVALENTS.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.startswith("#"):
+            continue
+        *key, reason = line.split("\t")
+        if len(key) != 3 or tuple(key) in rows:
+            raise SystemExit(f"{EQUIVALENTS.name}:{number}: 不是四列，或与前面的一条重复。改正或删去这一行。")
+        rows[tuple(key)] = reason
+    return rows
+
+
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "mutmut", *command],
@@ -95,12 +109,7 @@ def main() -> None:
     chosen = modules(args.selected)
     if not chosen:
         raise SystemExit("没有选中任何模块；写章节名（architecture）或 章节/模块（rl/clip）。")
-    text = EQUIVALENTS.read_text(encoding="utf-8").splitlines()
-    known = {
-        tuple(row[:3])
-        for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if row and not row[0].startswith("#")
-    }
+    known = {*equivalents()}
     seen, failed = set(), 0
     for module in chosen:
         with tempfile.TemporaryDirectory() as folder:

@@ -130,14 +130,17 @@ def test_small_prior_scaling():
     assert natural[1] - natural[0] == pytest.approx(math.log(10), rel=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [{"gain": 0.0}, {"gain": -1.0}, {"gain": 1.0, "threshold": 1.0}])
-def test_takeoff_rejects_nonsense(arguments):
-    with pytest.raises(ValueError):
-        time_to_takeoff(0.1, **arguments)
-    with pytest.raises(ValueError):
-        time_to_takeoff(0.6, gain=1.0)  # 已经过线
-    with pytest.raises(ValueError):
-        time_to_takeoff(0.0, gain=1.0, threshold=0.0)
+@pytest.mark.parametrize("gain", [0.0, -1.0])
+def test_takeoff_rejects_useless_behaviour(gain):
+    with pytest.raises(ValueError, match=f"gain={gain}：行为没有好处"):
+        time_to_takeoff(0.1, gain=gain)
+
+
+# 终点是 1；已经过线；终点是 0
+@pytest.mark.parametrize(("prior", "threshold"), [(0.1, 1.0), (0.6, 0.5), (0.0, 0.0)])
+def test_takeoff_rejects_impossible_thresholds(prior, threshold):
+    with pytest.raises(ValueError, match=f"收到 {prior} 与 {threshold}。"):
+        time_to_takeoff(prior, gain=1.0, threshold=threshold)
 
 
 # ---- 首次采到 ----
@@ -156,7 +159,7 @@ def test_first_sample_edges():
     assert expected_groups_until_sampled(1.0, group_size=8) == 1
     assert expected_groups_until_sampled(1e-18, group_size=8) == pytest.approx(1e18 / 8, rel=1e-9)  # 不丢精度
     for prior, group_size in [(-0.1, 8), (1.1, 8), (0.1, 0)]:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"收到 {prior} 与 {group_size}。"):
             expected_groups_until_sampled(prior, group_size=group_size)
 
 
@@ -171,9 +174,9 @@ def test_flags_by_hand():
 
 
 def test_empty_inputs_are_rejected():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="一条回答也没有"):
         reflection_rate([], ["wait"])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="关键词表是空的"):
         reflection_flags(["x"], [])
 
 

@@ -57,12 +57,23 @@ def test_outcome_efficiency_ignores_the_final_answer():
     assert outcome_efficiency([[60, 140]], [[True, False]]) == pytest.approx(0.3, abs=1e-12)
 
 
+def test_outcome_efficiency_of_the_shortest_answer():
+    """一个 token 就对：第一个正确的解就是整条回答。"""
+    assert outcome_efficiency([[1]], [[True]]) == 1.0
+
+
 @pytest.mark.parametrize(
-    ("lengths", "correct"),
-    [([], []), ([[]], [[]]), ([[3, 4]], [[True]]), ([[0]], [[True]]), ([[3]], [[True], [True]])],
+    ("message", "lengths", "correct"),
+    [
+        ("一道题也没有", [], []),
+        ("总长大于 0", [[]], [[]]),
+        ("必须等长", [[3, 4]], [[True]]),
+        ("总长大于 0", [[0]], [[True]]),
+        ("zip", [[3]], [[True], [True]]),
+    ],
 )
-def test_outcome_efficiency_rejects_bad_input(lengths, correct):
-    with pytest.raises(ValueError):
+def test_outcome_efficiency_rejects_bad_input(message, lengths, correct):
+    with pytest.raises(ValueError, match=message):
         outcome_efficiency(lengths, correct)
 
 
@@ -88,6 +99,7 @@ def test_kimi_extremes_come_from_the_whole_group():
 def test_kimi_equal_lengths_give_zero_and_groups_do_not_mix():
     lengths, correct = tensor([7, 7, 10, 30]), torch.tensor([True, False, True, True])
     torch.testing.assert_close(kimi_length_reward(lengths, correct, group_size=2), tensor([0, 0, 0.5, -0.5]))
+    torch.testing.assert_close(kimi_length_reward(lengths, correct, group_size=1), tensor([0, 0, 0, 0]))
 
 
 def test_kimi_matches_exact_fractions():
@@ -180,6 +192,12 @@ def test_cosine_by_hand():
     )
     wrong = cosine_length_reward(lengths, ~right, max_length=300)
     torch.testing.assert_close(wrong, tensor([-1, -0.875, -0.75, -0.5]))
+
+
+def test_cosine_with_the_smallest_limit():
+    """上限 1：长度 0 是满分，1 就到头。"""
+    right = torch.ones(2, dtype=torch.bool)
+    torch.testing.assert_close(cosine_length_reward(tensor([0, 1]), right, max_length=1), tensor([1, 0.5]))
 
 
 def test_cosine_exceed_branch_is_the_papers():

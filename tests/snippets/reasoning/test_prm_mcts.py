@@ -82,6 +82,7 @@ def test_plus_one_changes_the_choice():
 def test_c_zero_is_greedy_and_ties_go_to_larger_prior():
     assert puct_select([0.2, 0.7, 0.3], [0.9, 0.0, 0.1], [0, 100, 0], c_puct=0.0) == 1
     assert puct_select([0.0, 0.0, 0.0], [0.2, 0.5, 0.3], [0, 0, 0], c_puct=1.0) == 1
+    assert puct_select([0.1], [1.0], [7], c_puct=1.0) == 0  # 只有一个，没有别的可选
 
 
 def test_large_c_follows_the_prior_visit_proportions():
@@ -157,6 +158,18 @@ def test_first_four_visits_by_hand():
     )
     assert [k.visits for k in root.children] == [0, 3] and best.state == 0.9
     assert abs(root.q - (0.5 + 3 * 0.9) / 4) < 1e-12
+
+
+def test_default_exploration_weight_and_prior_are_one():
+    """两个叶子 0.9 与 0.2，先验各半。第 1 次展开根，第 2 次同分取前者，第 3 次 c=1 是 0.9+0.25 对 0.5，仍取前者。
+
+    第 4 次 c=1 是 0.9+√2/6=1.14 对 √2/2=0.71；c=2 则在第 3 次是 1.4 对 1，第 4 次 0.9+√2/3=1.37 对 √2=1.41，取后者。
+    """
+    for options, visits in [({}, [3, 0]), ({"c_puct": 2.0}, [2, 1])]:
+        root = Node((0.9, 0.2))
+        mcts(root, expand=expand, evaluate=leaf_value, num_simulations=4, **options)
+        assert [kid.visits for kid in root.children] == visits
+        assert root.prior == 1.0
 
 
 @pytest.mark.rejects

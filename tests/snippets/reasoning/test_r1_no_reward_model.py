@@ -36,6 +36,20 @@ def test_one_feature_matches_the_log_odds():
     torch.testing.assert_close(weights, torch.tensor([0.5 * math.log(7 / 3)], dtype=torch.float64))
 
 
+def test_default_ridge_and_number_of_steps():
+    """差恒为 2、全胜：最小点满足 ridge·w = 2(1−σ(2w))，默认的 ridge 是 1e-3。
+
+    岭项几乎为零时牛顿法每步走 1/(2σ(2w))，w 大了就是 ½：默认 30 步，比 29 步多 ½。
+    """
+    chosen = torch.ones(4, 1, dtype=torch.float64)
+    weights = fit_reward_model(chosen, -chosen)
+    torch.testing.assert_close(1e-3 * weights, 2 * torch.sigmoid(-2 * weights))
+    gained = fit_reward_model(chosen, -chosen, ridge=1e-18) - fit_reward_model(
+        chosen, -chosen, ridge=1e-18, num_steps=29
+    )
+    assert gained.item() == pytest.approx(0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])
 def test_matches_lbfgs_on_the_written_objective(ridge):
     chosen, rejected = random_pairs(0)

@@ -231,6 +231,7 @@ def test_expected_kept_edges():
         expected_kept(p[1:], num_samples=5000, max_per_prompt=1), torch.ones(3).double()
     )
     torch.testing.assert_close(expected_kept(p, num_samples=3, max_per_prompt=99), 3 * p)
+    torch.testing.assert_close(expected_kept(p, num_samples=1), p)
     for bad in ({"num_samples": 0}, {"num_samples": 4, "max_per_prompt": 0}):
         with pytest.raises(ValueError, match="至少为 1"):
             expected_kept(p, **bad)

@@ -128,10 +128,13 @@ def test_square_of_z_is_the_chi_square_of_the_two_by_two_table():
 def test_degenerate_comparisons_are_refused():
     with pytest.raises(ValueError, match="方差为 0"):
         two_proportion_z((8, 8), (8, 8))
+    with pytest.raises(ValueError, match="方差为 0"):
+        two_proportion_z((0, 0), (8, 8))
     with pytest.raises(ValueError, match="题数不合理"):
         accuracy_standard_error(3, 2)
     with pytest.raises(ValueError, match="题数不合理"):
         accuracy_standard_error(0, 0)
+    assert accuracy_standard_error(1, 1) == accuracy_standard_error(0, 1) == 0  # 只有一题：比例是 1 或 0
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 7])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snippets.training.catastrophic_forgetting import (
     PreNormBlock,
@@ -312,6 +313,30 @@ def test_zeroing_the_norms_is_identity_but_kills_the_feed_forward():
         optimizer.step()
     assert not seen & {"gate_proj", "up_proj", "down_proj", "post_attention_layernorm"}
     assert seen == {"input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_block_is_a_llama_layer_without_rotation():
+    """同样的权重，一个头，cos=1、sin=0（不旋转），ε=1e-6。输入只有 1e-3，归一化里的 ε 才看得出来。"""
+    block, x = make_block(), 1e-3 * torch.randn(2, 5, C, generator=generator())
+    config = LlamaConfig(
+        hidden_size=C, intermediate_size=FF, num_attention_heads=1, num_key_value_heads=1,
+        rms_norm_eps=1e-6, attn_implementation="sdpa",
+    )  # fmt: skip
+    layer = LlamaDecoderLayer(config, layer_idx=0)
+    parts = {"q": "self_attn.", "k": "self_attn.", "v": "self_attn.", "o": "self_attn."}
+    parts |= {"gate": "mlp.", "up": "mlp.", "down": "mlp."}
+    state = {parts.get(name.split("_")[0], "") + name: value for name, value in block.state_dict().items()}
+    layer.load_state_dict(state)
+    theirs = layer(x, position_embeddings=(torch.ones(1, 5, C), torch.zeros(1, 5, C)))
+    torch.testing.assert_close(block(x), theirs)
+
+
+def test_groups_of_one_double_every_block():
+    blocks = [make_block(seed) for seed in range(3)]
+    expanded = expand_blocks(blocks, group_size=1)
+    assert len(expanded) == 6 and list(expanded[::2]) == blocks
+    x = torch.randn(2, 5, C, generator=generator())
+    assert all(torch.equal(new(x), x) for new in expanded[1::2])
 
 
 def test_expanding_a_real_llama_keeps_the_logits_bit_for_bit():
