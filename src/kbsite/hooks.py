@@ -16,13 +16,13 @@ from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
 
-from kbsite import archive, cards, machine, pages, questions, topics, urls, verification  # noqa: E402
+from kbsite import archive, cards, machine, pages, questions, safety, topics, urls, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
 from kbsite.math.scan import formulas, replace  # noqa: E402
 from kbsite.notebooks.cache import write_atomically  # noqa: E402
-from kbsite.notebooks.fragments import replace_figures  # noqa: E402
+from kbsite.notebooks.fragments import figure_refs, replace_figures  # noqa: E402
 from kbsite.project import Built, Project, build_notebooks  # noqa: E402
 from kbsite.search.aliases import read_aliases  # noqa: E402
 from kbsite.search.build import build_index, install_worker  # noqa: E402
@@ -52,6 +52,7 @@ class _Build:
         self.search_pages: list[SearchPage] = []
         self.used_labels: set[str] = set()
         self.math_errors: list[str] = []
+        self.unsafe: list[str] = []
         self.formulas = 0
         self.machine: dict[str, str] = {}
         self.redirects: dict[str, urls.Redirect] = {}
@@ -89,6 +90,8 @@ def on_pre_build(config):
     """最先执行笔记：片段写好之后页面才能嵌入。"""
     global _build
     project = Project(Path(config.config_file_path).parent)
+    if messages := safety.check_files(project.root):
+        raise PluginError("\n".join(messages))
     try:
         _build = _Build(project, build_notebooks(project), config)
     except KbsiteError as error:
@@ -122,7 +125,9 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """填一句话回答，检查嵌入，加页尾。"""
     path = f"docs/{page.file.src_uri}"
+    safety.start_clock(path, PluginError)
     try:
+        safety.check_meta(page.meta, path)
         source = page.file.content_string  # 含 front matter，行号才对
         _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
         markdown = pages.fill_answer(markdown, page.meta, path)
@@ -159,6 +164,7 @@ def on_page_content(html, page, config, files):
         page.meta["description"] = f"{page.title}：执行过的完整笔记，含代码与输出。"
         notebook = _build.notebooks[key]
         page.edit_url = _edit_url(config, notebook.path.relative_to(_build.project.root).as_posix())
+    _check_safety(html, page)
     for formula in formulas(html):
         _build.formulas += 1
         try:
@@ -177,13 +183,14 @@ def on_page_content(html, page, config, files):
         )
     # 主题的索引不要：我们有自己的
     page.meta["search"] = {"exclude": True}
+    safety.stop_clock()
     return html
 
 
 def on_env(env, config, files):
     """所有页面都已成形、还没有写出任何文件：在这里报错，不会留下半个站点；公式的总数也到这时才知道。"""
-    if _build.math_errors:
-        raise PluginError("\n".join(_build.math_errors))
+    if errors := _build.unsafe + _build.math_errors:
+        raise PluginError("\n".join(errors))
     for file in files.documentation_pages():
         file.page.content = file.page.content.replace(verification.FORMULAS, str(_build.formulas))
     _keep_addresses(files)
@@ -271,6 +278,7 @@ def _keep_addresses(files):
 
 def on_build_error(error):
     """构建失败也要收拾 Node 进程。"""
+    safety.stop_clock()
     if _build:
         _build.math.close()
 
@@ -316,6 +324,29 @@ def _edit_url(config, path: str) -> str | None:
         return None
     base = config.edit_uri.removesuffix("docs/")
     return config.repo_url.rstrip("/") + "/" + base + path
+
+
+def _check_safety(html: str, page):
+    """闸：页面、目录里的标题、页面引用的图；问题攒起来，等所有页面都过了再一次报出。"""
+    key = _notebook_key(page.file.src_uri)
+    if key:
+        notebook = _build.notebooks[key].path
+        path = notebook.relative_to(_build.project.root).as_posix()
+        source = notebook.read_text(encoding="utf-8-sig")
+    else:
+        path, source = f"docs/{page.file.src_uri}", page.file.content_string
+    found = list(safety.problems(html, page.file.url))
+    for title in (page.title, *_titles(page.toc)):
+        found += safety.problems(str(title))
+    for ref in figure_refs(html) - set(_build.built.figures):
+        found.append((f"KB601 没有图 {ref!r}。图由嵌入的单元带来，不能手写。", ref))
+    _build.unsafe += safety.locate(path, source, found)
+
+
+def _titles(toc):
+    for item in toc:
+        yield item.title
+        yield from _titles(item.children)
 
 
 def _locate(page, tex: str) -> str:

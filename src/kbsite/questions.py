@@ -10,6 +10,7 @@ import yaml
 
 from .errors import KbsiteError
 from .pages import FRONT_MATTER, placeholder
+from .safety import check_meta
 from .topics import Heading, headings_of
 
 LIST = placeholder("questions")
@@ -70,7 +71,10 @@ def _front_matter(docs: Path, key: str) -> dict:
         raise KbsiteError(
             f"docs/{key}.md:{line}: front matter 不是合法的 YAML：{error.problem}。含冒号或反斜杠的值用单引号括起来。"
         ) from None
-    return meta if isinstance(meta, dict) else {}
+    if not isinstance(meta, dict):
+        return {}
+    check_meta(meta, f"docs/{key}.md")  # 在用到它的值之前
+    return meta
 
 
 def _question(key: str, section: str, meta: dict, headings: list[Heading]) -> Question:

