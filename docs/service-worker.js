@@ -55,6 +55,7 @@ async function notice() {
     items.unshift(`<li><a href="${request.url}">${title[1]}</a></li>`)
   }
   const body = `<!doctype html><html lang="zh-Hans"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>没有网络</title>
 <style>:root{color-scheme:light dark}body{max-width:40rem;margin:2rem auto;padding:0 1rem;font:1rem/1.8 sans-serif}</style>
 <h1>没有网络，这一页还没有打开过</h1>

@@ -18,8 +18,10 @@ from html import escape
 import genanki
 import markdown
 
+from .errors import KbsiteError
 from .math.scan import replace
 from .questions import Question
+from .safety import problems
 
 NAME = "面经 2025"
 MODEL_ID = 1_935_407_216
@@ -79,10 +81,10 @@ def _note(model: genanki.Model, question: Question, site_url: str, number: int) 
     return genanki.Note(
         model,
         [
-            _html(question.title),
+            _html(question.title, question.key),
             escape(question.section),
             str(question.difficulty),
-            _html(question.answer),
+            _html(question.answer, question.key),
             escape(url),
         ],
         tags=[f"章节::{question.section.replace(' ', '_')}", f"难度::{question.difficulty}"],
@@ -91,6 +93,8 @@ def _note(model: genanki.Model, question: Question, site_url: str, number: int) 
     )
 
 
-def _html(text: str) -> str:
+def _html(text: str, key: str) -> str:
     html = MARKDOWN.reset().convert(text).removeprefix("<p>").removesuffix("</p>")
+    for fault, _ in problems(html):  # make cards 不建站，页面的闸没有查过
+        raise KbsiteError(f"docs/{key}.md:1: {fault}")
     return replace(html, lambda formula: escape(rf"\({formula.tex}\)"))

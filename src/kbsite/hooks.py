@@ -16,7 +16,7 @@ from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
 
-from kbsite import archive, cards, machine, pages, questions, safety, topics, urls, verification  # noqa: E402
+from kbsite import archive, cards, machine, pages, policy, questions, safety, topics, urls, verification  # noqa: E402
 from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
@@ -102,8 +102,7 @@ def on_pre_build(config):
 def on_files(files, config):
     """把执行过的笔记、Anki 牌组、一起发布的离线版放进站点。"""
     if _offline():
-        script = _build.project.node_modules / "iframe-worker/shim/index.js"
-        files.append(File.generated(config, OFFLINE_WORKER, abs_src_path=str(script)))
+        files.append(File.generated(config, OFFLINE_WORKER, content=_offline_worker()[0]))
     if _build.questions:
         content = cards.package(_build.questions, config.site_url or "", cards.modified_time())
         files.append(File.generated(config, CARDS, content=content))
@@ -191,6 +190,8 @@ def on_env(env, config, files):
     """所有页面都已成形、还没有写出任何文件：在这里报错，不会留下半个站点；公式的总数也到这时才知道。"""
     if errors := _build.unsafe + _build.math_errors:
         raise PluginError("\n".join(errors))
+    scripts = [_offline_worker()[1]] if _offline() else []
+    env.filters["policy"] = lambda templates: policy.policy(templates, scripts, offline=_offline())
     for file in files.documentation_pages():
         file.page.content = file.page.content.replace(verification.FORMULAS, str(_build.formulas))
     _keep_addresses(files)
@@ -210,8 +211,16 @@ def on_page_context(context, page, config, nav):
 
 @event_priority(-100)
 def on_post_page(output, page, config):
-    """换上图与排好的公式。"""
+    """查内联脚本；换上图与排好的公式。"""
+    _check_scripts(output, page.file.src_uri)
     return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
+
+
+def on_post_template(output, template_name, config):
+    """404 也要有策略。"""
+    if template_name.endswith(".html"):
+        _check_scripts(output, template_name)
+    return output
 
 
 def on_post_build(config):
@@ -341,6 +350,18 @@ def _check_safety(html: str, page):
     for ref in figure_refs(html) - set(_build.built.figures):
         found.append((f"KB601 没有图 {ref!r}。图由嵌入的单元带来，不能手写。", ref))
     _build.unsafe += safety.locate(path, source, found)
+
+
+def _check_scripts(html: str, name: str):
+    try:
+        policy.check(html, name)
+    except KbsiteError as error:
+        raise PluginError(str(error)) from None
+
+
+def _offline_worker() -> tuple[str, str]:
+    source = _build.project.node_modules / "iframe-worker/shim/index.js"
+    return policy.offline_worker(source.read_text(encoding="utf-8"))
 
 
 def _titles(toc):

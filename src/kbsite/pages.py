@@ -24,8 +24,9 @@ def placeholder(name: str) -> re.Pattern:
 
 
 ANSWER = placeholder("answer")
-IMAGE = re.compile(r"<img\b[^>]*\bsrc=\"data:image/svg\+xml;base64,([^\"]+)\"[^>]*>")
-HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1>", re.S)
+IMAGE = re.compile(r"<img\b[^<>]*\bsrc=\"data:image/svg\+xml;base64,([^\"<]+)\"[^<>]*>")
+# 不跨过下一个标题：没有结尾的也只读一遍
+HEADING = re.compile(r"<h([1-6])\b[^<>]*>((?:(?!<h[1-6]).)*?)</h\1>", re.S)
 
 
 def fill_answer(markdown: str, meta: dict, path: str) -> str:
@@ -123,7 +124,18 @@ def name_questions(html: str) -> str:
             anchor += f"-{seen[anchor]}"
         return f'<details class="question" id="{anchor}">{match[1]}'
 
-    return re.sub(r'<details class="question">(\s*<summary>.*?</summary>)', name, html, flags=re.S)
+    return re.sub(
+        r'<details class="question">(\s*<summary>(?:(?!<summary>).)*?</summary>)', name, html, flags=re.S
+    )
+
+
+def _inlined(image: re.Match) -> str:
+    """自己写进 .ipynb 的图；单元里手写的图原样留下，由闸去拒绝。"""
+    try:
+        svg = base64.b64decode(image[1]).decode()
+    except ValueError:
+        return image[0]
+    return figure(svg) if svg.startswith('<svg role="img" aria-label="') else image[0]
 
 
 def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict]]:
@@ -151,7 +163,7 @@ def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict
         r"(<div class=\"highlight\"><pre>)(.*?)</pre>", r"\1<code>\2</code></pre>", html, flags=re.S
     )
     # 编成图片的 SVG 不随主题变色，也没有替代文字
-    html = IMAGE.sub(lambda match: figure(base64.b64decode(match[1]).decode()), html)
+    html = IMAGE.sub(_inlined, html)
     html = mark_dollars(html)
     tokens: list[dict] = []
     seen: dict[str, int] = {}

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape, unescape
 
-ARITHMATEX = re.compile(r"<(span|div) class=\"arithmatex\">(.*?)</\1>", re.S)
+# 公式里的 < 都写成 &lt;，所以不必跨过标签去找结尾：没有结尾的记号也只读一遍
+ARITHMATEX = re.compile(r"<(span|div) class=\"arithmatex\">([^<]*)</\1>")
 # 笔记页里不动的部分：标签、代码、脚本、样式、SVG、已经标好的公式
 OPAQUE = re.compile(r"<(pre|code|script|style|svg|textarea)\b.*?</\1>|<!--.*?-->|<[^>]*>", re.S | re.I)
 DOLLARS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?![\w$])", re.S)
