@@ -96,7 +96,7 @@ lock: $(VENV)/site.stamp ## 由 requirements/*.in 重写锁定文件
 	@requirements/lock.sh $(abspath $(BIN)/python)
 
 clean: ## 删去构建产物与缓存（不删 .venv）
-	rm -rf site site-offline $(ZIP) .cache
+	rm -rf site site-offline site*.partial site*.old $(ZIP) .cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from . import archive, cards, changes, new_page, questions, topics, urls
 from . import check as checks
-from .errors import KbsiteError
-from .project import Project, build_notebooks
+from .errors import KbsiteError, disk_message
+from .project import Project, build_notebooks, take_turn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,11 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     except KbsiteError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        if not (message := disk_message(error)):
+            raise
+        print(message, file=sys.stderr)
+        return 1
 
 
 def _run(project: Project, args: argparse.Namespace) -> int:
     os.chdir(project.root)
-    build_notebooks(project, only=args.key)
+    with take_turn(project):
+        build_notebooks(project, only=args.key)
     return 0
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import yaml
 
+from . import front_matter
 from .errors import KbsiteError
 from .notebooks.key import imported_modules
 from .pages import INCLUDE
-from .questions import FRONT_MATTER
 from .urls import REDIRECTS, read_published, read_redirects
 
 EVERYTHING = ["tests"]
@@ -142,7 +142,7 @@ def _read(path: Path) -> str | None:
 
 
 def _title(root: Path, name: str) -> str:
-    match = FRONT_MATTER.match(_read(root / name) or "")
+    match = front_matter.PATTERN.match(_read(root / name) or "")
     try:
         meta = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError:

@@ -3,6 +3,7 @@
 import logging
 import os
 import posixpath
+import subprocess
 import sys
 from html import escape
 from pathlib import Path
@@ -10,24 +11,38 @@ from urllib.parse import urljoin
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.exceptions import Abort, PluginError  # noqa: E402
 from mkdocs.plugins import event_priority  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 from mkdocs.structure.toc import get_toc  # noqa: E402
 from mkdocs.utils import get_relative_url  # noqa: E402
 
-from kbsite import archive, cards, machine, pages, policy, questions, safety, topics, urls, verification  # noqa: E402
-from kbsite.errors import KbsiteError, MathRenderError  # noqa: E402
+from kbsite import (  # noqa: E402
+    archive,
+    cards,
+    front_matter,
+    machine,
+    pages,
+    policy,
+    publish,
+    questions,
+    safety,
+    topics,
+    urls,
+    verification,
+)
+from kbsite.errors import KbsiteError, MathEngineError, MathRenderError, disk_message  # noqa: E402
 from kbsite.math.fonts import embed  # noqa: E402
 from kbsite.math.mathjax import MathJax  # noqa: E402
 from kbsite.math.scan import formulas, replace  # noqa: E402
-from kbsite.notebooks.cache import write_atomically  # noqa: E402
+from kbsite.notebooks.cache import drop_damaged, seal, write_atomically  # noqa: E402
 from kbsite.notebooks.fragments import figure_refs, replace_figures  # noqa: E402
-from kbsite.project import Built, Project, build_notebooks  # noqa: E402
+from kbsite.project import Built, Project, build_notebooks, take_turn  # noqa: E402
 from kbsite.search.aliases import read_aliases  # noqa: E402
 from kbsite.search.build import build_index, install_worker  # noqa: E402
 from kbsite.search.readable import readable  # noqa: E402
 from kbsite.search.sections import SearchPage, cut  # noqa: E402
+from kbsite.sources import check_sources  # noqa: E402
 
 log = logging.getLogger("mkdocs.plugins.kbsite")
 
@@ -45,6 +60,7 @@ class _Build:
 
     def __init__(self, project: Project, built: Built, config):
         self.project = project
+        self.finished = False
         self.archive = archive.published(os.environ, project.root)
         self.built = built
         self.notebooks = {result.notebook.key: result.notebook for result in built.executed}
@@ -63,6 +79,9 @@ class _Build:
 
 
 _build: _Build | None = None
+_lock = None
+_serving = True
+_site: Path | None = None
 
 
 def _offline() -> bool:
@@ -76,11 +95,21 @@ def _notebook_key(src_uri: str) -> str | None:
     return None
 
 
+def on_startup(command, dirty):
+    """serve 建在自己的临时文件夹里，就地重建；别的命令建到一旁，建成了才换上去。"""
+    global _serving
+    _serving = command == "serve"
+
+
 @event_priority(100)  # 在 offline 插件之前：它找不到 iframe-worker 就会写上一个 CDN 的地址
 def on_config(config):
     """没有仓库地址（本机、离线版）就没有「编辑此页」；离线版自带 file:// 下搜索要用的脚本。"""
+    global _site
     if not config.repo_url:
         config.edit_uri = None
+    if not _serving:
+        _site = Path(config.site_dir).resolve()
+        config.site_dir = str(publish.partial(_site))
     if _offline():
         config.extra["polyfills"] = [OFFLINE_WORKER]
     return config
@@ -88,11 +117,14 @@ def on_config(config):
 
 def on_pre_build(config):
     """最先执行笔记：片段写好之后页面才能嵌入。"""
-    global _build
+    global _build, _lock
     project = Project(Path(config.config_file_path).parent)
+    _lock = take_turn(project)
+    drop_damaged(project.cache / "mkdocs-jupyter")
     if messages := safety.check_files(project.root):
         raise PluginError("\n".join(messages))
     try:
+        check_sources(project.root)
         _build = _Build(project, build_notebooks(project), config)
     except KbsiteError as error:
         raise PluginError(str(error)) from None
@@ -121,13 +153,26 @@ def on_files(files, config):
     return files
 
 
+def on_nav(nav, config, files):
+    """两个文件写到同一处，就有一个会不见。"""
+    seen = {}
+    for file in files:
+        twin = seen.setdefault(file.dest_uri.casefold(), file)
+        if twin is not file and not file.inclusion.is_excluded():
+            raise PluginError(
+                f"docs/{file.src_uri}:1: 与 {twin.src_uri} 都写到网站的 {file.dest_uri}，只会留下一个。给其中一个改名。"
+            )
+    return nav
+
+
 def on_page_markdown(markdown, page, config, files):
-    """填一句话回答，检查嵌入，加页尾。"""
+    """填一句话回答，检查 front matter 与嵌入，加页尾。"""
     path = f"docs/{page.file.src_uri}"
     safety.start_clock(path, PluginError)
     try:
         safety.check_meta(page.meta, path)
         source = page.file.content_string  # 含 front matter，行号才对
+        front_matter.read(source, path)
         _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
         markdown = pages.fill_answer(markdown, page.meta, path)
         markdown = questions.fill_questions(markdown, _build.questions, page.file.src_uri)
@@ -168,6 +213,8 @@ def on_page_content(html, page, config, files):
         _build.formulas += 1
         try:
             _build.math.typeset(formula)
+        except MathEngineError as error:  # 别的公式也排不了，不再一个个等
+            raise PluginError(f"{_locate(page, formula.tex)}: {error}。") from None
         except MathRenderError as error:
             _build.math_errors.append(
                 f"{_locate(page, formula.tex)}: 公式排不出来：{error}。公式是 {formula.tex!r}。"
@@ -213,7 +260,10 @@ def on_page_context(context, page, config, nav):
 def on_post_page(output, page, config):
     """查内联脚本；换上图与排好的公式。"""
     _check_scripts(output, page.file.src_uri)
-    return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
+    try:
+        return replace(replace_figures(output, _build.built.figures), _build.math.typeset)
+    except KbsiteError as error:
+        raise PluginError(f"docs/{page.file.src_uri}: {error}") from None
 
 
 def on_post_template(output, template_name, config):
@@ -223,6 +273,7 @@ def on_post_template(output, template_name, config):
     return output
 
 
+@event_priority(-100)  # 别的插件都写完了
 def on_post_build(config):
     """写全站一份的公式样式与字体、检索索引、给机器读的文件。"""
     _write_search(Path(config.site_dir))
@@ -249,6 +300,10 @@ def on_post_build(config):
     _build.math.close()
     if _build.math.typeset_count:
         log.info("公式：新排 %d 个。", _build.math.typeset_count)
+    seal(_build.project.cache / "mkdocs-jupyter")
+    _build.finished = True
+    if _serving:
+        _lock.release()
 
 
 def _write_search(site: Path):
@@ -260,6 +315,8 @@ def _write_search(site: Path):
         install_worker(site)
     except KbsiteError as error:
         raise PluginError(str(error)) from None
+    except subprocess.TimeoutExpired as error:
+        raise PluginError(f"建检索索引：Node 进程 {error.timeout:.0f} s 没有写完。再建一次。") from None
     # 评测（bench/search.py）拿同一份正文建别的索引
     write_atomically(_build.project.cache / "search.json", source)
 
@@ -286,10 +343,21 @@ def _keep_addresses(files):
 
 
 def on_build_error(error):
-    """构建失败也要收拾 Node 进程。"""
+    """构建失败（--strict 下有警告也算）也要收拾 Node 进程、让出位置；磁盘的毛病说清楚，不给回溯。"""
     safety.stop_clock()
     if _build:
         _build.math.close()
+        _build.finished = False
+    if _lock:
+        _lock.release()
+    if isinstance(error, OSError) and (message := disk_message(error)):
+        raise Abort(message) from None
+
+
+def on_shutdown():
+    """命令结束：建成了才把网站换上去。"""
+    if not _serving and _build and _build.finished:
+        publish.publish(_site)
 
 
 def _address(config, url: str, base: str) -> str:

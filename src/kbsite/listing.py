@@ -7,7 +7,7 @@
 import ast
 from pathlib import Path
 
-from .notebooks.cache import write_atomically
+from .notebooks.cache import write_if_changed
 
 
 def write_listings(snippets: Path, folder: Path) -> None:
@@ -17,9 +17,7 @@ def write_listings(snippets: Path, folder: Path) -> None:
         if path not in wanted:
             path.unlink()
     for target, source in wanted.items():
-        text = shorten_docstrings(source.read_text(encoding="utf-8"))
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            write_atomically(target, text)
+        write_if_changed(target, shorten_docstrings(source.read_text(encoding="utf-8")))
 
 
 def shorten_docstrings(source: str) -> str:
@@ -28,7 +26,7 @@ def shorten_docstrings(source: str) -> str:
         tree = ast.parse(source)
     except SyntaxError:  # 语法错误由导入它的笔记或测试报出
         return source
-    lines = source.splitlines(keepends=True)
+    lines = [f"{row}\n" for row in source.split("\n")]  # splitlines 在换页符处也断开，行号就不对了
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or ast.get_docstring(node) is None:
             continue
@@ -43,4 +41,19 @@ def shorten_docstrings(source: str) -> str:
         lines[first + 1 : last + 1] = [""] * (last - first)
         if len(node.body) > 1 and last + 1 < len(lines) and not lines[last + 1].strip():
             lines[last + 1] = ""
-    return "".join(lines)
+    text = "".join(lines).removesuffix("\n")
+    # 少见的写法（引号结尾、一行两句）缩不好，就原样留着
+    return text if _same_code(text, tree) else source
+
+
+def _same_code(text: str, tree: ast.Module) -> bool:
+    """除了文档串，与 `tree` 是同样的代码。"""
+    try:
+        shortened = ast.parse(text)
+    except SyntaxError:
+        return False
+    for root in (tree, shortened):
+        for node in ast.walk(root):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return ast.dump(tree) == ast.dump(shortened)

@@ -7,7 +7,7 @@ from html import escape, unescape
 
 from markdown import Markdown
 
-from .pages import FRONT_MATTER
+from . import front_matter
 
 # `!!! abstract "标题"`、`??? question "标题"`；内容缩进四格
 BLOCK = re.compile(r"^( *)(?:!!!|\?\?\?\+?) \w+ \"([^\"]*)\"$")
@@ -39,13 +39,13 @@ def page_markdown(
     `source` 是源文件，`markdown` 是填好回答、加过页尾的正文；`link` 把站内链接的目标（源文件的相对路径）换成
     读者能取到的地址。
     """
-    front = FRONT_MATTER.match(source)
+    front = front_matter.PATTERN.match(source)
     text = expand(markdown.strip("\n"))
     text = FIGURE.sub(lambda match: f"（图：{unescape(match[1])}）", text)
     text = CALCULATOR.sub(lambda match: f"（计算器「{unescape(match[1])}」，在网页上用）", text)
     text = LINK.sub(lambda match: link(match[1]) + (match[2] or ""), DECORATION.sub("", text))
     text = "\n".join(_flatten(text.splitlines()))
-    return (front[0] + "\n\n" if front else "") + text.strip("\n") + "\n"
+    return (front[0] + "\n" if front else "") + text.strip("\n") + "\n"
 
 
 def _flatten(lines: list[str]) -> Iterable[str]:

@@ -12,10 +12,9 @@ from .math.scan import mark_dollars
 from .notebooks.source import SETUP, Notebook
 from .notebooks.svg import figure
 
-INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"", re.M)
-# 像嵌入又不是：多了空格、少了引号；它不会报错，只会原样印在页面上
+INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"$", re.M)
+# 像嵌入又不是：多了空格（行尾的也算）、少了引号；它不会报错，只会原样印在页面上
 BROKEN_INCLUDE = re.compile(r"^[ \t]*-+ ?8 ?< ?-+.*$", re.M)
-FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$", re.M | re.S)
 
 
 def placeholder(name: str) -> re.Pattern:
@@ -46,7 +45,7 @@ def check_includes(source: str, path: str, notebooks: dict[str, Notebook], root:
     for match in BROKEN_INCLUDE.finditer(source):
         if not INCLUDE.match(match[0]):
             place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
-            raise KbsiteError(f'{place}: 嵌入写成了 {match[0].strip()!r}，不会生效。写成 --8<-- "路径"。')
+            raise KbsiteError(f'{place}: 嵌入写成了 {match[0]!r}，不会生效。写成 --8<-- "路径"。')
     for match in INCLUDE.finditer(source):
         target = match[1]
         place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"

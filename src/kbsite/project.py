@@ -1,7 +1,10 @@
 """项目的文件夹，以及「执行笔记、写出片段与 .ipynb」这一步。"""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import NotebookSourceError
 from .listing import write_listings
@@ -9,6 +12,8 @@ from .notebooks.fragments import write_fragments
 from .notebooks.ipynb import write_ipynb
 from .notebooks.run import Executed, execute_all
 from .notebooks.source import read_all
+
+log = logging.getLogger("mkdocs.plugins.kbsite")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Project:
     @property
     def node_modules(self) -> Path:
         return self.root / "node_modules"
+
+
+def take_turn(project: Project) -> FileLock:
+    """一个项目同时只许一次构建（缓存与 `site/` 是共用的）：等到轮到自己；用完 `release`，进程死了自动放开。"""
+    project.cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(project.cache / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("另一次构建正在进行，等它结束…")
+        lock.acquire()
+    return lock
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from . import front_matter
 from .errors import KbsiteError
-from .pages import FRONT_MATTER, placeholder
+from .pages import placeholder
 from .safety import check_meta
 from .topics import Heading, headings_of
 
@@ -63,16 +64,9 @@ def nav_pages(nav: list | None, docs: Path) -> Iterable[tuple[str, str, dict]]:
 def _front_matter(docs: Path, key: str) -> dict:
     """没有这个文件（MkDocs 会报）、没有 front matter 就是空的。"""
     path = docs / f"{key}.md"
-    match = FRONT_MATTER.match(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
-    try:
-        meta = yaml.safe_load(match[1]) if match else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 2
-        raise KbsiteError(
-            f"docs/{key}.md:{line}: front matter 不是合法的 YAML：{error.problem}。含冒号或反斜杠的值用单引号括起来。"
-        ) from None
-    if not isinstance(meta, dict):
+    if not path.is_file():
         return {}
+    meta = front_matter.read(path.read_text(encoding="utf-8-sig"), f"docs/{key}.md")
     check_meta(meta, f"docs/{key}.md")  # 在用到它的值之前
     return meta
 

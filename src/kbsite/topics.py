@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from .errors import KbsiteError
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -16,8 +18,25 @@ class Heading:
 
 def read_headings(path: Path) -> list[Heading]:
     """按笔记中的顺序读出全部标题。"""
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return [Heading(row["heading"], tuple(row.get("topics", ()))) for row in rows]
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise KbsiteError(
+            f"{path}:{line}: 不是合法的 YAML：{getattr(error, 'problem', None) or error}。含冒号的标题用双引号括起来。"
+        ) from None
+    if not isinstance(rows, list):
+        raise KbsiteError(f'{path}:1: 应当是一个列表。每项写成 `- heading: "标题"`。')
+    for number, row in enumerate(rows, 1):
+        topics = row.get("topics", []) if isinstance(row, dict) else None
+        if not isinstance(topics, list) or not all(
+            isinstance(text, str) for text in [row.get("heading"), *topics]
+        ):
+            raise KbsiteError(
+                f'{path}:1: 第 {number} 项写错了：{row!r}。写成 `- heading: "标题"` 与 `  topics: [rl/dpo]`。'
+            )
+    return [Heading(row["heading"], tuple(row.get("topics", []))) for row in rows]
 
 
 def headings_of(headings: list[Heading], key: str) -> list[str]:

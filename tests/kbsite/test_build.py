@@ -237,6 +237,8 @@ def test_build_is_correct_after_being_killed_at_random_moments(project):
         time.sleep(dice.uniform(0.2, 4.0))
         process.kill()
         process.wait()
+        # 上一次建好的还在，没有半个站点
+        assert digest(project.root / "site") == expected
     result = project.build("--strict")
     assert result.returncode == 0, result.stderr
     assert digest(project.root / "site") == expected

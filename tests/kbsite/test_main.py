@@ -14,7 +14,7 @@ def test_run_executes_one_notebook(project, capsys):
     project.notebook("rl/demo", "# %%\nprint(1)\n")
     project.notebook("rl/broken", "# %%\n1 / 0\n")
     assert main(["run", "rl/demo"]) == 0
-    assert list((project.root / ".cache/notebooks/rl/demo").glob("*.json"))
+    assert list((project.root / ".cache/notebooks/rl/demo").iterdir())
 
 
 def test_unknown_key_is_an_error_that_lists_the_keys(project, capsys):

@@ -1,7 +1,5 @@
 """执行笔记：真的起内核。检查哪些被执行、出错时说什么、缓存坏了怎么办、能往哪里写。"""
 
-import json
-
 import pytest
 
 from kbsite.errors import NotebookRunError
@@ -104,15 +102,25 @@ def test_writing_inside_its_own_folder_is_allowed(project):
     assert text_of(run(project)[0].outputs[0]) == "好\n"
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"outputs": []}', "null"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: b"",
+        lambda good: good[:-1],
+        lambda good: good.replace(b"7\\n", b"8\\n"),
+        lambda good: good[65:],
+    ],
+    ids=["empty", "truncated", "one-digit", "without-checksum"],
+)
 def test_damaged_cache_entry_is_executed_again(project, caplog, damage):
     project.notebook("rl/demo", "# %%\nprint(7)\n")
     run(project)
-    (entry,) = (project.root / ".cache/notebooks/rl/demo").glob("*.json")
-    good = entry.read_text(encoding="utf-8")
-    entry.write_text(damage, encoding="utf-8")
+    (entry,) = (project.root / ".cache/notebooks/rl/demo").iterdir()
+    good = entry.read_bytes()
+    assert damage(good) != good
+    entry.write_bytes(damage(good))
     assert executed_names(project, caplog) == ["rl/demo"]
-    assert json.loads(entry.read_text(encoding="utf-8")) == json.loads(good)
+    assert entry.read_bytes() == good
 
 
 def test_environment_of_the_reader_does_not_reach_the_notebook(project, monkeypatch):

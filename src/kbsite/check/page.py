@@ -7,7 +7,8 @@ from functools import cached_property
 
 import yaml
 
-from ..pages import FRONT_MATTER, INCLUDE
+from ..front_matter import PATTERN
+from ..pages import INCLUDE
 
 # 正文里被遮住的字符：长度不变，偏移与行号就不变
 CODE, MATH, OTHER = "\ue000", "\ue001", "\ue002"
@@ -117,7 +118,7 @@ class Page:
 
 def read_page(path: str, text: str) -> Page:
     """遮住不是文字的部分；`text` 的换行已是 LF。"""
-    front = FRONT_MATTER.match(text)
+    front = PATTERN.match(text)
     body = front.end() if front else 0
     meta, error = _meta(front[1]) if front else ({}, None)
     masked = list(text)

@@ -9,6 +9,8 @@ from pathlib import Path
 from fontTools import subset as fonttools
 from fontTools.ttLib import TTFont
 
+from ..notebooks.cache import read_entry, write_entry
+
 SMALL = 1000  # 字节；更小的（零宽、断行用的字体）不裁
 
 
@@ -18,9 +20,8 @@ def subset(font: bytes, characters: set[str], cache_dir: Path) -> bytes:
         return font
     text = "".join(sorted(characters))
     key = hashlib.sha256(font + text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-    cached = cache_dir / f"{key}.woff2"
-    if cached.is_file():
-        return cached.read_bytes()
+    if cached := read_entry(cache_dir / key):
+        return cached
     options = fonttools.Options(flavor="woff2", layout_features=[], notdef_outline=True)
     options.drop_tables += ["ltag"]
     face = TTFont(io.BytesIO(font), recalcTimestamp=False)
@@ -30,10 +31,7 @@ def subset(font: bytes, characters: set[str], cache_dir: Path) -> bytes:
     face.flavor = "woff2"
     out = io.BytesIO()
     face.save(out)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(".tmp")
-    temporary.write_bytes(out.getvalue())
-    temporary.replace(cached)
+    write_entry(cache_dir / key, out.getvalue())
     return out.getvalue()
 
 

