@@ -105,6 +105,7 @@ $(VENV)/bin/python:
 
 # 先装 torch：它按平台取 CPU 版；再装其余，版本与哈希都锁定
 $(VENV)/torch.stamp: $(VENV)/bin/python requirements/torch.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) # 上次建到一半被打断
 	@echo "安装 Python 依赖（第一次约一两分钟）…"
 	@PIP_EXTRA_INDEX_URL="$${PIP_EXTRA_INDEX_URL:-$(TORCH_INDEX)}" \
 	  $(BIN)/python -m pip install --quiet --no-deps --require-hashes --retries 1 -r requirements/torch.txt

@@ -1,105 +1,12 @@
 """真的建小站：嵌入、公式在各处、报错、被杀之后、两次构建逐字节相同、两种路径。"""
 
-import hashlib
-import html as html_module
 import json
 import random
-import re
 import subprocess
 import time
 
 import pytest
-
-NOTEBOOK = r"""
-# %% [markdown]
-# # 演示：实验
-#
-# 行内 $a_1$ 与独立公式 $$\frac{1}{2}$$
-#
-# ## 中文小节
-
-# %%
-#| label: setup
-import matplotlib.pyplot as plt
-from IPython.display import Markdown
-
-# %%
-#| label: figure
-#| caption: 一条直线
-fig, ax = plt.subplots()
-ax.plot([0, 1], [0, 1])
-ax.set_xlabel("步数（步）");
-
-# %%
-#| label: table
-#| caption: 一张表
-Markdown("| $\\rho$ | 值 |\n| --- | --- |\n| 甲 | 1 |")
-"""
-
-PAGE = r"""
----
-title: 演示（Demo）
-description: 演示
-answer: 回答含 $a^2$。
----
-
-# 演示（Demo）
-
-!!! abstract "一句话回答"
-    {{ answer }}
-
-## 各处的公式
-
-行内 $x_1$，代码 `$not_math$`，脚注[^1]。
-
-$$
-\begin{aligned}
-y &= \text{中文}\\
-z &< 1
-\end{aligned}
-$$
-
-| 表头 $\lvert t\rvert$ | 值 |
-| --- | --- |
-| $\beta$ | 1 |
-
---8<-- "rl/demo/figure.md"
-
-??? question "追问 $k_3$？"
-    答 $r-1-\log r$。
-
-    --8<-- "rl/demo/table.md"
-
-    $$
-    w = 1
-    $$
-
-```python
-cost = "$not_math_either$"
-```
-
-[^1]: 注 $f$。
-"""
-
-
-def demo(project):
-    project.notebook("rl/demo", NOTEBOOK)
-    project.write("docs/rl/demo.md", PAGE)
-    project.write("topics.yml", '- heading: "Demo 的笔记标题（错别子）"\n  topics: [rl/demo]\n')
-    project.nav("index.md", "rl/demo.md")
-    return project
-
-
-def digest(folder):
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def tex_of(html):
-    return [html_module.unescape(tex) for tex in re.findall(r'<mjx-container data-tex="([^"]*)"', html)]
+from smallsite import demo, digest, tex_of
 
 
 def test_formulas_are_typeset_everywhere_and_code_is_left_alone(project):

@@ -1,53 +1,8 @@
 """`mkdocs serve`：改一页、改一份参考实现，几秒后看到的就是新的，公式都排好了。"""
 
-import contextlib
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serving(project):
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mkdocs", "serve", "--dev-addr", f"127.0.0.1:{port}"],
-        cwd=project.root,
-        env=project.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def wait_for(url, text, seconds=60):
-    """反复取这一页，直到出现 `text`；返回页面。"""
-    html = ""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
-            html = response.read().decode()
-            if text in html:
-                return html
-        time.sleep(0.2)
-    raise AssertionError(f"{seconds} s 内没有看到 {text!r}；最后的页面：{html[-500:]}")
+from smallsite import serving, wait_for
 
 
 def test_edits_to_page_and_snippet_show_up_typeset(project):

@@ -50,16 +50,20 @@ def read_entry(path: Path) -> bytes | None:
 
 def seal(folder: Path) -> None:
     """记下别的库写的缓存里各个文件的散列，下一次构建由 `drop_damaged` 核对。"""
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(folder)}
     write_entry(folder.with_suffix(".seal"), json.dumps(digests).encode())
 
 
 def drop_damaged(folder: Path) -> None:
     """删去与 `seal` 记下的不同的文件，包括上次没有写完的：那些库不核对就拿来用。"""
     digests = json.loads(read_entry(folder.with_suffix(".seal")) or b"{}")
-    for path in folder.glob("*"):
+    for path in _files(folder):
         if digests.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
             path.unlink()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.is_file()]
 
 
 def load(folder: Path, key: str, cells: int) -> list | None:
