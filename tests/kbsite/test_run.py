@@ -123,6 +123,14 @@ def test_damaged_cache_entry_is_executed_again(project, caplog, damage):
     assert entry.read_bytes() == good
 
 
+def test_slow_printing_is_one_output(project):
+    project.notebook(
+        "rl/demo",
+        "# %%\nimport time\nfor word in '甲乙丙':\n    print(word, flush=True)\n    time.sleep(0.4)\n",
+    )
+    assert [output["text"] for output in run(project)[0].outputs[0]] == ["甲\n乙\n丙\n"]
+
+
 def test_environment_of_the_reader_does_not_reach_the_notebook(project, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     project.notebook(

@@ -157,7 +157,7 @@ async def _execute(notebook: Notebook, root: Path, cache_dir: Path) -> list:
             ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return [[_plain(output) for output in cell.outputs] for cell in node.cells]
+    return [_joined([_plain(output) for output in cell.outputs]) for cell in node.cells]
 
 
 def _limits(notebook: Notebook, root: Path, scratch: Path, cache_dir: Path) -> sandbox.Limits:
@@ -238,3 +238,15 @@ def _plain(output: nbformat.NotebookNode) -> dict:
     if output.output_type == "execute_result":
         plain["output_type"] = "display_data"
     return plain
+
+
+def _joined(outputs: list[dict]) -> list[dict]:
+    """相邻的打印合成一个：在哪里断开取决于内核几时冲缓冲，每次不同。"""
+    joined: list[dict] = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output["output_type"] == "stream" and output["name"] == last.get("name"):
+            last["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
