@@ -127,6 +127,8 @@ async def _execute(notebook: Notebook, root: Path, cache_dir: Path) -> list:
             shutil.copy(file, scratch / file.name)
         # 经由临时文件夹里的 Unix 套接字与内核通信：不占端口，别的用户也连不上
         connection = {"transport": "ipc", "ip": str(scratch / "ipc"), "connection_file": str(scratch / "kernel.json")}  # fmt: skip
+        # 最后的 SIGKILL 之前，留给看守足够的时间收拾
+        connection["shutdown_wait_time"] = 10
         client = _Client(
             node,
             kernel_name="python3",
@@ -142,6 +144,8 @@ async def _execute(notebook: Notebook, root: Path, cache_dir: Path) -> list:
         try:
             async with asyncio.timeout(notebook.timeout + 120):
                 await client.async_execute(env=_environment(root, limits))
+            if client.received > OUTPUT_LIMIT:  # 还没来得及停下，单元已经跑完
+                raise DeadKernelError
         except CellExecutionError as error:
             raise _cell_error(notebook, node, error, time.monotonic() - began) from None
         except (CellTimeoutError, TimeoutError):
