@@ -1,7 +1,7 @@
 """换生成器要付出什么：同一份内容用 MkDocs、ProperDocs、Zensical 各建一遍，列出与 MkDocs 的差别。
 
 用法：make generators。只打印，不断言：Material 停止维护（2027-05-05）以前，每月跑一次就够。
-ProperDocs 沿用 MkDocs 1.x 的插件与钩子；Zensical 不运行它们，所以另有一行是建完以后由 kbsite 排公式、换图的结果。
+ProperDocs 沿用 MkDocs 1.x 的插件与钩子；Zensical 不运行它们，所以另有一行是建完以后由 kbsite 排公式、换图、加锚点的结果。
 """
 
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 from kbsite.math.mathjax import MathJax
 from kbsite.math.scan import formulas, replace
 from kbsite.notebooks.fragments import replace_figures
+from kbsite.pages import name_questions
 from kbsite.project import Project, build_notebooks
 
 ROOT = Path(__file__).parents[1]
@@ -100,13 +101,14 @@ def build(name: str, folder: Path) -> tuple[dict[str, Page], float]:
 
 
 def finish(site: Path, project: Project, figures: dict[str, str]) -> None:
-    """建完以后才做的两步：排公式、换图。它们只认 HTML，不认生成器。"""
+    """建完以后做也行的三步：排公式、换图、给追问加锚点。它们只认 HTML，不认生成器。"""
     math = MathJax(project.node_modules, project.cache / "math.json")
     for path in site.rglob("index.html"):
         html = path.read_text(encoding="utf-8")
         for formula in formulas(html):
             math.typeset(formula)
-        path.write_text(replace(replace_figures(html, figures), math.typeset), encoding="utf-8")
+        html = name_questions(replace(replace_figures(html, figures), math.typeset))
+        path.write_text(html, encoding="utf-8")
     math.close()
 
 
