@@ -116,6 +116,15 @@ def test_a_request_has_exactly_the_fields_of_the_specification():
     assert json_rpc_request("ping", {}, request_id=0)["params"] == {}
 
 
+def test_request_meta_names_the_revision_the_client_and_its_capabilities():
+    """规范 2026-07-28，Base Protocol：三个键都带前缀；clientInfo 有 name 与 version；没有能力就是空对象。"""
+    assert request_meta(client="host", version="2.1") == {
+        "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+        "io.modelcontextprotocol/clientInfo": {"name": "host", "version": "2.1"},
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }
+
+
 def test_a_reply_has_a_result_or_an_error_never_both():
     """规范 2026-07-28：result 必带 resultType；error 有 code 与 message。"""
     assert json_rpc_response(3, {"tools": []}) == {
