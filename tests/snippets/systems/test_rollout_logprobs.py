@@ -105,6 +105,13 @@ def test_masked_weights_by_hand():
         torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), msg=str(settings))
 
 
+def test_default_mask_keeps_ratios_from_a_half_to_five():
+    ratios = torch.tensor([[0.49, 0.51, 4.9, 5.1]], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    weights = masked_importance_weights(ratios.log(), torch.zeros_like(ratios), mask)
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.51, 4.9, 0.0]], dtype=torch.float64))
+
+
 def test_metrics_by_hand():
     """对数比 log 2、log 0.6、log 3、log 4、log 0.1；连乘 3.6 与 0.4，ESS = 4²/(3.6² + 0.4²)，再除以 2 条。"""
     metrics = mismatch_metrics(*by_hand())
