@@ -312,6 +312,14 @@ def test_hostile_answers_are_compared_as_text_and_never_evaluated():
     assert not answers_equal(r"1\;2", "12") and answers_equal(r"(1,\;2)", "(1,2)")
     assert not answers_equal("1_000", "1000") and not answers_equal("", "")
     assert answers_equal("9" * 5000, "9" * 5000)
+    assert answers_equal("0" * 199 + "1", "1") and not answers_equal(
+        "0" * 200 + "1", "1"
+    )  # 数字至多 200 个字符
+    assert answers_equal("1/1,000", "0.001")
+    assert not answers_equal("XY", "Y")  # 两头去掉的只有 $
+    assert not answers_equal(r"\displaystyleX", "X") and not answers_equal(
+        r"\dfracA", r"\fracA"
+    )  # 是别的命令
 
 
 # 判错对梯度的影响：精确枚举

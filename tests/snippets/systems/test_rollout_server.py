@@ -79,6 +79,8 @@ def test_lockstep_waits_for_the_slowest_generation_then_the_slowest_tool():
     assert (result.makespan, result.busy, result.finish) == (11, 12, [11, 11, 11])
     waves = simulate_lockstep(gen, tool, slots=2, batch_size=2)
     assert waves.finish == [10, 10, 14]  # 4+3+2+1，再 3+1
+    alone = simulate_lockstep(gen, tool, slots=2, batch_size=1)
+    assert alone.finish == [7, 14, 18]  # 一条一条地做：2+3+1+1，再 4+1+2+0，再 3+1
 
 
 def test_holding_the_slot_during_the_tool_by_hand():
@@ -108,6 +110,7 @@ def test_the_trace_integrates_to_the_busy_time():
         assert sum((t1 - t0) * running for (t0, running), (t1, _) in pairs) == pytest.approx(result.busy)
         assert [t for t, _ in result.trace] == sorted(t for t, _ in result.trace)
         assert result.trace[-1] == (result.makespan, 0)
+        assert result.trace[0] == (0, 0)  # 开始之前没有在生成的
 
 
 def test_lockstep_passes_the_step_time_on_by_hand():
@@ -217,6 +220,13 @@ def test_a_scale_of_time_is_only_a_scale():
 
 
 # 最大值的期望
+
+
+def test_one_slice_of_the_integral_by_hand():
+    """只分一段：宽 24，取中点 z=2，20·e^{0.8·2}·3·Φ(2)²·φ(2)·24。"""
+    density, below = math.exp(-2) / math.sqrt(2 * math.pi), (1 + math.erf(math.sqrt(2))) / 2
+    expected = 20 * math.exp(1.6) * 3 * below**2 * density * 24
+    assert expected_max_lognormal(3, median=20.0, sigma=0.8, steps=1) == pytest.approx(expected)
 
 
 def test_expected_maximum_of_lognormals():
