@@ -13,6 +13,7 @@ from .notebooks.source import SETUP, Notebook
 from .notebooks.svg import figure
 
 INCLUDE = re.compile(r"^[ \t]*-+8<-+ \"([^\"\n]+)\"$", re.M)
+TARGET = re.compile(r"\w[\w./-]*(:[\w-]+)?")
 # 像嵌入又不是：多了空格（行尾的也算）、少了引号；它不会报错，只会原样印在页面上
 BROKEN_INCLUDE = re.compile(r"^[ \t]*-+ ?8 ?< ?-+.*$", re.M)
 
@@ -45,10 +46,14 @@ def check_includes(source: str, path: str, notebooks: dict[str, Notebook], root:
     for match in BROKEN_INCLUDE.finditer(source):
         if not INCLUDE.match(match[0]):
             place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
-            raise KbsiteError(f'{place}: 嵌入写成了 {match[0]!r}，不会生效。写成 --8<-- "路径"。')
+            raise KbsiteError(f'{place}: 嵌入写成了 {match[0][:80]!r}，不会生效。写成 --8<-- "路径"。')
     for match in INCLUDE.finditer(source):
         target = match[1]
         place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
+        if not TARGET.fullmatch(target) or "../" in target:
+            raise KbsiteError(
+                f"{place}: KB606 不能嵌入 {target!r}。只能嵌入笔记的单元与 snippets/ 里的代码。"
+            )
         if target.startswith("snippets/"):
             _check_section(target, place, root)
             continue

@@ -80,29 +80,32 @@ PNG = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\s]*")
 RESERVED = re.compile(r"__|md-")
 
 
-def problems(html: str, url: str = "") -> Iterator[tuple[str, str]]:
-    """页面里不允许的东西：（编号与事实和改法，在源文件里找它用的字）。`url` 是页面的地址，用来看链接有没有离开站点。"""
+def problems(html: str, url: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """页面里不允许的东西：（编号、事实与改法，在源文件里依次用来找它的字）。`url` 是页面的地址，用来看链接有没有离开站点。"""
     # 前后各放一个元素：没写完的标签、注释、引号会吞掉后一个；多余的 </div> 会让内容跑到外面
     tree = LexborHTMLParser(f"<!doctype html><body><div>{html}</div><i></i>")
     body = tree.body
     shape = [node.tag for node in body.iter(include_text=False)]
     if shape != ["div", "i"] or body.attributes or tree.root.attributes or list(tree.head.iter()):
-        yield "KB604 标签没有配对，或没有写完（引号、注释、<body> 也算）。检查 HTML，或改用 Markdown。", "<"
+        yield (
+            "KB604 标签没有配对，或没有写完（引号、注释、<body> 也算）。检查 HTML，或改用 Markdown。",
+            ("<",),
+        )
     for node in body.traverse():
         if not node.is_element_node or node.tag == "body":
             continue
         tag = node.tag.lower()
         if tag not in TAGS:
-            yield f"KB601 不允许 <{tag}>。改用 Markdown，或删去它。", f"<{tag}"
+            yield f"KB601 不允许 <{tag}>。改用 Markdown，或删去它。", (f"<{tag}", "<")
             continue
         drawing = tag in DRAWING.split()
         allowed = DRAWN if drawing else ATTRIBUTES.get(tag, frozenset())
         for name, value in node.attributes.items():
             name = name.lower()
             if name not in ANYWHERE and name not in allowed:
-                yield f"KB602 <{tag}> 不允许属性 {name!r}。删去它。", name
+                yield f"KB602 <{tag}> 不允许属性 {name!r}。删去它。", (name, f"<{tag}")
             elif fault := _value(tag, name, value or "", drawing, url):
-                yield fault, value or name
+                yield fault, (value or name, name, f"<{tag}")
 
 
 def _value(tag: str, name: str, value: str, drawing: bool, url: str) -> str | None:
@@ -147,11 +150,12 @@ def _address(tag: str, value: str, drawing: bool, url: str) -> str | None:
     return None
 
 
-def locate(path: str, source: str, found: Iterable[tuple[str, str]]) -> list[str]:
+def locate(path: str, source: str, found: Iterable[tuple[str, tuple[str, ...]]]) -> list[str]:
     """每个问题一行 `路径:行: …`；源文件里找不到的，来自嵌入的片段、文档串或笔记的输出。"""
     messages = {}
-    for message, needle in found:
-        position = source.lower().find(needle.lower())
+    lower = source.lower()
+    for message, needles in found:
+        position = next((lower.find(needle.lower()) for needle in needles if needle.lower() in lower), -1)
         line = f":{source.count(chr(10), 0, position) + 1}" if position >= 0 else ""
         messages[f"{path}{line}: {message}"] = None
     return list(messages)
@@ -216,8 +220,10 @@ META = {
         and all(isinstance(tag, str | int | float) and PLAIN.fullmatch(str(tag)) for tag in value)
     ),
     "difficulty": lambda value: isinstance(value, int) and 1 <= value <= 5,
-    "verified": lambda value: isinstance(value, date) or re.fullmatch(r"\d{4}-\d\d-\d\d", str(value)[:20]),
-    "answer": lambda value: isinstance(value, str) and "\n" not in value.strip(),
+    "verified": lambda value: (
+        isinstance(value, date) or (isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value))
+    ),
+    "answer": lambda value: isinstance(value, str) and "\n" not in value.strip() and "8<-" not in value,
     "search": lambda value: (
         isinstance(value, dict)
         and set(value) <= {"boost", "exclude"}

@@ -75,17 +75,27 @@ class SmallProject:
         self.write("mkdocs.yml", text + "\nnav:\n" + "".join(f"  - {page}\n" for page in pages))
 
 
-@pytest.fixture
-def project(tmp_path):
+def lay_out(folder):
     """只有一个首页的项目；结构与仓库相同，MathJax 与建站工具用仓库里的。"""
-    small = SmallProject(tmp_path)
+    small = SmallProject(folder)
     for name in ("src/kbsite", "node_modules", "overrides"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    shutil.copytree(REPOSITORY / "docs/assets", tmp_path / "docs/assets")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(REPOSITORY / "docs/assets", folder / "docs/assets")
     small.write("topics.yml", "[]\n")
     small.write("snippets/__init__.py", "")
     small.write("notebooks/.keep", "")
     small.write("docs/index.md", "# 首页\n")
     small.nav("index.md")
     return small
+
+
+@pytest.fixture
+def project(tmp_path):
+    return lay_out(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_project(tmp_path_factory):
+    """几个测试共用的一个。"""
+    return lay_out(tmp_path_factory.mktemp("project"))
