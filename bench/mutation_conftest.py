@@ -10,15 +10,27 @@ from mutmut.state import state
 # mutmut 在一个进程里跑几遍 pytest，jaxtyping 的命令行开关第二遍就报错：改为只装一次钩子，形状检查照旧
 jaxtyping.install_import_hook("snippets", "beartype.beartype")
 
+children = []  # 这条测试起过的子进程
+sys.addaudithook(
+    lambda event, _: children.append(event) if event in ("os.fork", "subprocess.Popen") else None
+)
+
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_teardown():
-    """mutmut 只为一处改动跑「调用过这个函数」的测试；在子进程或共用的 fixture 里调用的，它看不到。
+def pytest_runtest_teardown(item):
+    """mutmut 只为一处改动跑「调用过这个函数」的测试；在子进程、共用的 fixture 或导入时调用的，它看不到。
 
-    一次调用都没有记到的测试，算作用到了模块的全部函数。
+    起过子进程、用了共用的 fixture、或一次调用都没有记到的测试，算作用到了模块的全部函数。
     """
-    if os.environ.get("MUTANT_UNDER_TEST") == "stats" and not state()._stats:
-        state()._stats.update(_mutated_functions())
+    if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+        if children or not state()._stats or _shares_a_fixture(item):
+            state()._stats.update(_mutated_functions())
+        children.clear()
+
+
+def _shares_a_fixture(item):
+    fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+    return any(fixture.scope != "function" and fixture.baseid for fixture in fixtures)  # 插件的没有 baseid
 
 
 def _mutated_functions():

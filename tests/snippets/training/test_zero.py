@@ -145,6 +145,12 @@ def hang(rank, dp_size):
     time.sleep(60)
 
 
+def wait_for_a_message(rank, dp_size):
+    if rank == 0:
+        dist.recv(torch.zeros(1), 1)
+    time.sleep(60)
+
+
 def square_sum(rank, dp_size, x):
     return (x @ x).sum()
 
@@ -158,6 +164,13 @@ def test_failing_worker_is_reported_and_the_others_are_ended():
 def test_hanging_worker_is_ended_and_reported():
     with pytest.raises(TimeoutError, match=r"^第 \[0\] 号进程 1 秒没有结束，已全部终止。$"):
         launch(hang, [()], timeout=1.0)
+    assert mp.active_children() == []
+
+
+def test_stuck_communication_is_reported_where_it_waits():
+    """一次通信只等时限的一半：得到的是卡住的那一行，不是整体超时。"""
+    with pytest.raises(mp.ProcessRaisedException, match="in wait_for_a_message"):
+        launch(wait_for_a_message, [(), ()], timeout=8.0)
     assert mp.active_children() == []
 
 
