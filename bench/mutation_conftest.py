@@ -16,6 +16,11 @@ sys.addaudithook(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """快的先跑，抓住就停；共用的 fixture 往往最慢，放在最后。"""
+    items.sort(key=lambda item: (_shares_a_fixture(item), state().duration_by_test[item.nodeid]))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item):
     """mutmut 只为一处改动跑「调用过这个函数」的测试；在子进程、共用的 fixture 或导入时调用的，它看不到。
