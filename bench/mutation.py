@@ -46,7 +46,7 @@ def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, 
     settings += f'\n[tool.mutmut]\nsource_paths = ["snippets"]\nonly_mutate = ["snippets/{module}.py"]\n'
     # 超过平时的 5 倍又 10 秒就算死循环（默认 15 倍）；起了几个进程的测试一卡就是几十秒
     settings += (
-        'also_copy = ["snippets", "notebooks", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 10.0\n'
+        'also_copy = ["snippets", "notebooks", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 2.0\n'
     )
     (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
 

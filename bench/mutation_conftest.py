@@ -33,6 +33,12 @@ def pytest_runtest_teardown(item):
         children.clear()
 
 
+def pytest_runtest_makereport(item, call):
+    """mutmut 只计测试本身的时间；时限要连 fixture 的一起算。"""
+    if os.environ.get("MUTANT_UNDER_TEST") == "stats" and call.when == "setup":
+        state().duration_by_test[item.nodeid] += call.duration
+
+
 def _shares_a_fixture(item):
     fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
     return any(fixture.scope != "function" and fixture.baseid for fixture in fixtures)  # 插件的没有 baseid

@@ -18,7 +18,7 @@ def run(*args):
 
 
 def test_these_are_all_the_workflows():
-    assert [path.stem for path in WORKFLOWS] == ["check", "deploy", "generators"]
+    assert [path.stem for path in WORKFLOWS] == ["check", "deploy", "generators", "mutation"]
 
 
 def test_workflows_match_the_schema():
