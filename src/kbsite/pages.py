@@ -170,14 +170,17 @@ def repair_notebook(html: str, key: str, page_href: str) -> tuple[str, list[dict
     html = IMAGE.sub(_inlined, html)
     html = mark_dollars(html)
     tokens: list[dict] = []
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
 
     def heading(match: re.Match) -> str:
         level, inner = match[1], match[2]
         name = re.sub(r"<[^>]+>", "", inner).strip()
         slug = re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "section"
-        seen[slug] = seen.get(slug, 0) + 1
-        slug = slug if seen[slug] == 1 else f"{slug}-{seen[slug]}"
+        stem, number = slug, 1
+        while slug in seen:  # 「甲」「甲」「甲 2」也不能撞在一起
+            number += 1
+            slug = f"{stem}-{number}"
+        seen.add(slug)
         tokens.append(
             {
                 "level": int(level),
