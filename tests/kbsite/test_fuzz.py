@@ -35,7 +35,7 @@ from kbsite.topics import read_headings
 
 # 每次用同样的输入，CI 上的失败在本机也失败；慢机器上不因超时而失败
 fuzz = settings(
-    max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 SEARCH = Path(__file__).parents[2] / "src/kbsite/search"
 HEADER = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#     language: python\n#     name: python3\n# ---\n\n"  # fmt: skip
@@ -61,7 +61,8 @@ def test_every_cell_of_a_notebook_comes_back(tmp_path_factory, cells):
     path = tmp_path_factory.getbasetemp() / "notebooks/rl/a.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [(code, text.strip("\n")) for code, text in cells]
-    assume(all(text.strip() for _, text in written))
+    # Markdown 单元里以 %% 开头的一行就是下一个单元的标记
+    assume(all(text.strip() and (code or not re.search("^%%", text, re.M)) for code, text in written))
     parts = [
         f"# %%\n{text}" if code else "# %% [markdown]\n" + "\n".join(f"# {row}" for row in text.split("\n"))
         for code, text in written

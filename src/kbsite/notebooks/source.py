@@ -13,6 +13,8 @@ OPTION = re.compile(r"#\|\s*([\w-]+):\s*(.*?)\s*$")
 LABEL = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 # Python 把它们当普通字符，jupytext 却在这里断行：代码就不是写下的那一份了
 LINE_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+# 不然注释掉的 `# !ls` 会被还原成命令，真的执行
+FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
 ECHO = ("show", "fold", "hide")
 SETUP = "setup"
 TIMEOUT = 60
@@ -72,7 +74,7 @@ def read_notebook(path: Path, folder: Path) -> Notebook:
         )
     lines = text.splitlines()
     try:
-        parsed = jupytext.reads(text, fmt="py:percent")
+        parsed = jupytext.reads(text, fmt=FORMAT)
     except Exception as error:  # jupytext 对坏的文件头抛出各种异常
         raise NotebookSourceError(f"{path}:1: 读不懂文件头：{error}。请照抄别的笔记的文件头。") from None
     starts = [number for number, row in enumerate(lines, 1) if row.startswith("# %%")]
