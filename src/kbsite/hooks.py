@@ -308,9 +308,9 @@ def on_post_build(config):
 
 def _write_search(site: Path):
     terms = _build.project.root / "docs/about/terms.md"
-    aliases = read_aliases(terms.read_text(encoding="utf-8")) if terms.is_file() else []
     pages = sorted(_build.search_pages, key=lambda page: page.url)
     try:
+        aliases = read_aliases(terms.read_text(encoding="utf-8")) if terms.is_file() else []
         source = build_index(pages, aliases, site / "search", offline=_offline())
         install_worker(site)
     except KbsiteError as error:

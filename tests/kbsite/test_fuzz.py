@@ -29,6 +29,7 @@ from kbsite.math.scan import formulas, mark_dollars, replace
 from kbsite.notebooks.fragments import replace_figures, write_fragments
 from kbsite.notebooks.run import Executed
 from kbsite.notebooks.source import Cell, Notebook, read_notebook
+from kbsite.search.aliases import read_aliases
 from kbsite.search.readable import readable
 from kbsite.search.sections import cut
 from kbsite.topics import read_headings
@@ -400,6 +401,24 @@ def test_machine_readable_pages_keep_ordinary_text(text):
     assume(not re.search(r'^ *(!!!|\?\?\?\+?) \w+ "', text, re.M))
     made = machine.page_markdown("", text, lambda body: body, lambda target: target)
     assert made == text.strip("\n") + "\n"
+
+
+CELLS = pieces("裁剪", "clip", "、", ", ", "（说明）", "(", "）", "`", "—", " ", "|", "\\")
+ROWS = st.lists(CELLS, max_size=5).map(lambda cells: f"|{'|'.join(cells)}|")
+
+
+@fuzz
+@given(rows=st.lists(ROWS | CELLS, max_size=6))
+def test_aliases_come_from_the_table_or_it_is_refused(rows):
+    table = "\n".join(["| 用词 | English | 别名 | 说明 |", "| --- | --- | --- | --- |", *rows])
+    try:
+        groups = read_aliases(table)
+    except KbsiteError as error:
+        assert re.match(r"docs/about/terms\.md:\d+: 术语表的一行少于三列", str(error))
+        return
+    # 只去掉括号里的说明与反引号，说法本身一个字不改
+    bare = re.sub(r"（[^）]*）|\([^)]*\)|`", "", table)
+    assert all(len(group) > 1 and all(name and name in bare for name in group) for group in groups)
 
 
 # —— 检索的切词：与浏览器里的是同一份脚本，一个 Node 进程答完全部问题 ——

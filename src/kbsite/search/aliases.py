@@ -2,6 +2,8 @@
 
 import re
 
+from ..errors import KbsiteError
+
 ROW = re.compile(r"^\|(.+)\|[ \t]*$", re.M)
 
 
@@ -10,6 +12,9 @@ def read_aliases(markdown: str) -> list[list[str]]:
     groups = []
     for match in list(ROW.finditer(markdown))[2:]:
         columns = [_names(cell) for cell in match[1].split("|")[:3]]
+        if len(columns) < 3:
+            line = markdown.count("\n", 0, match.start()) + 1
+            raise KbsiteError(f"docs/about/terms.md:{line}: 术语表的一行少于三列。空着的格写 —。")
         terms, english, others = columns
         if len(terms) == len(english) > 1:
             paired = columns if len(others) == len(terms) else columns[:2]
