@@ -25,7 +25,10 @@ EVERYTHING = ["tests"]
 # 内容变了就要跑的：建好的站；读真实页面、笔记、参考实现的工具测试
 CONTENT_TESTS = [
     "tests/site",
-    *(f"tests/kbsite/test_{name}.py" for name in ("cards", "listing", "new_page", "topics", "verification")),
+    *(
+        f"tests/kbsite/test_{name}.py"
+        for name in ("cards", "check", "listing", "new_page", "topics", "verification")
+    ),
 ]
 # 只认这样的名字：它们要出现在命令行里，别的（空格、引号、`$`）一律当作「全部」
 PAGE = re.compile(r"docs/(?:[\w-]+/)*[\w-]+\.md", re.A)

@@ -416,7 +416,7 @@ def _check_safety(html: str, page):
     for title in (page.title, *_titles(page.toc)):
         found += safety.problems(str(title))
     for ref in figure_refs(html) - set(_build.built.figures):
-        found.append((f"KB601 没有图 {ref!r}。图由嵌入的单元带来，不能手写。", (ref,)))
+        found.append((f"KB601: 没有图 {ref!r}。图由嵌入的单元带来，不能手写。", (ref,)))
     _build.unsafe += safety.locate(path, source, found)
 
 

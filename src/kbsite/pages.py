@@ -52,7 +52,7 @@ def check_includes(source: str, path: str, notebooks: dict[str, Notebook], root:
         place = f"{path}:{source.count(chr(10), 0, match.start()) + 1}"
         if not TARGET.fullmatch(target) or "../" in target:
             raise KbsiteError(
-                f"{place}: KB606 不能嵌入 {target!r}。只能嵌入笔记的单元与 snippets/ 里的代码。"
+                f"{place}: KB606: 不能嵌入 {target!r}。只能嵌入笔记的单元与 snippets/ 里的代码。"
             )
         if target.startswith("snippets/"):
             _check_section(target, place, root)

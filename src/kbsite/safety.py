@@ -88,7 +88,7 @@ def problems(html: str, url: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
     shape = [node.tag for node in body.iter(include_text=False)]
     if shape != ["div", "i"] or body.attributes or tree.root.attributes or list(tree.head.iter()):
         yield (
-            "KB604 标签没有配对，或没有写完（引号、注释、<body> 也算）。检查 HTML，或改用 Markdown。",
+            "KB604: 标签没有配对，或没有写完（引号、注释、<body> 也算）。检查 HTML，或改用 Markdown。",
             ("<",),
         )
     for node in body.traverse():
@@ -96,14 +96,14 @@ def problems(html: str, url: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
             continue
         tag = node.tag.lower()
         if tag not in TAGS:
-            yield f"KB601 不允许 <{tag}>。改用 Markdown，或删去它。", (f"<{tag}", "<")
+            yield f"KB601: 不允许 <{tag}>。改用 Markdown，或删去它。", (f"<{tag}", "<")
             continue
         drawing = tag in DRAWING.split()
         allowed = DRAWN if drawing else ATTRIBUTES.get(tag, frozenset())
         for name, value in node.attributes.items():
             name = name.lower()
             if name not in ANYWHERE and name not in allowed:
-                yield f"KB602 <{tag}> 不允许属性 {name!r}。删去它。", (name, f"<{tag}")
+                yield f"KB602: <{tag}> 不允许属性 {name!r}。删去它。", (name, f"<{tag}")
             elif fault := _value(tag, name, value or "", drawing, url):
                 yield fault, (value or name, name, f"<{tag}")
 
@@ -111,19 +111,19 @@ def problems(html: str, url: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
 def _value(tag: str, name: str, value: str, drawing: bool, url: str) -> str | None:
     shown = repr(value[:60])
     if name in ("id", "class", "for", "name") and any(RESERVED.match(word) for word in value.split() or ()):
-        return f"KB602 {name}={shown} 是主题自己用的名字。换一个不以 __ 或 md- 开头的。"
+        return f"KB602: {name}={shown} 是主题自己用的名字。换一个不以 __ 或 md- 开头的。"
     if name in ("href", "src"):
         return _address(tag, value, drawing, url)
     if MARKER.search(value):
-        return f"KB602 属性 {name}={shown} 里有标签。换成文字。"
+        return f"KB602: 属性 {name}={shown} 里有标签。换成文字。"
     if name == "style" and not (DRAWN_STYLE if drawing else ALIGNMENT).fullmatch(value):
-        return f"KB602 不允许样式 {shown}。删去它；表格的对齐写在 Markdown 的分隔行里。"
+        return f"KB602: 不允许样式 {shown}。删去它；表格的对齐写在 Markdown 的分隔行里。"
     if drawing and OUTSIDE_URL.search(value):
-        return f"KB603 图里的 {name}={shown} 引用了图以外的东西。图不能引用外部文件。"
+        return f"KB603: 图里的 {name}={shown} 引用了图以外的东西。图不能引用外部文件。"
     if name == "xmlns" and value != SVG_NAMESPACE:
-        return f"KB602 不允许 xmlns={shown}。图只能是 SVG。"
+        return f"KB602: 不允许 xmlns={shown}。图只能是 SVG。"
     if tag == "input" and name == "type" and value not in INPUTS:
-        return f"KB602 不允许 type={shown} 的输入框。删去它。"
+        return f"KB602: 不允许 type={shown} 的输入框。删去它。"
     return None
 
 
@@ -132,21 +132,21 @@ def _address(tag: str, value: str, drawing: bool, url: str) -> str | None:
     if drawing:
         if value.startswith("#") or (tag == "image" and PNG.fullmatch(value)):
             return None
-        return f"KB603 图里的 <{tag}> 指向 {shown}。图只能引用自己里面的 #id。"
+        return f"KB603: 图里的 <{tag}> 指向 {shown}。图只能引用自己里面的 #id。"
     if re.search(r"[\x00-\x20\x7f\\]", value):
-        return f"KB603 地址 {shown} 里有空白、控制字符或反斜杠。改成编码过的地址。"
+        return f"KB603: 地址 {shown} 里有空白、控制字符或反斜杠。改成编码过的地址。"
     if tag == "img" and PNG.fullmatch(value):
         return None
     if scheme := SCHEME.match(value):
         if tag == "a" and scheme[0].lower() in ("https:", "http:", "mailto:"):
             return None
-        return f"KB603 <{tag}> 不允许地址 {shown}。链接用 https://，图放在站内。"
+        return f"KB603: <{tag}> 不允许地址 {shown}。链接用 https://，图放在站内。"
     path = value.partition("#")[0].partition("?")[0]
     if path.startswith("/"):
-        return f"KB603 地址 {shown} 以 / 开头。写成相对当前页面的路径。"
+        return f"KB603: 地址 {shown} 以 / 开头。写成相对当前页面的路径。"
     depth = posixpath.dirname(url).count("/") + 1 if posixpath.dirname(url) else 0
     if path and posixpath.normpath(path).split("/").count("..") > depth:
-        return f"KB603 地址 {shown} 离开了站点的文件夹。写成站内的路径。"
+        return f"KB603: 地址 {shown} 离开了站点的文件夹。写成站内的路径。"
     return None
 
 
@@ -164,13 +164,13 @@ def locate(path: str, source: str, found: Iterable[tuple[str, tuple[str, ...]]])
 def check_drawing(svg: str) -> str | None:
     """一幅 SVG 的第一个问题，没有就是 None；内联的图与 docs/ 里的 .svg 都用它。"""
     if "<!" in svg or "<?" in svg:
-        return "KB601 图里不允许注释、DOCTYPE 与处理指令。"
+        return "KB601: 图里不允许注释、DOCTYPE 与处理指令。"
     for message, _ in problems(svg):
         return message
     tree = LexborHTMLParser(f"<body>{svg}")
     for node in tree.body.traverse():
         if node.is_element_node and node.tag != "body" and node.tag.lower() not in DRAWING.split():
-            return f"KB601 图里不允许 <{node.tag}>。"
+            return f"KB601: 图里不允许 <{node.tag}>。"
     return None
 
 
@@ -195,7 +195,7 @@ def check_formula(html: str) -> str | None:
         if not node.is_element_node or node.tag == "body":
             continue
         if not node.tag.startswith("mjx-") and node.tag not in MATHML:
-            return f"KB601 公式里不允许 <{node.tag}>（\\ref、\\eqref、\\mmlToken 会产生它）"
+            return f"KB601: 公式里不允许 <{node.tag}>（\\ref、\\eqref、\\mmlToken 会产生它）"
         for name, value in node.attributes.items():
             value = value or ""
             if (
@@ -203,7 +203,7 @@ def check_formula(html: str) -> str | None:
                 or (name in ("id", "class") and not all(map(MATH_NAME.fullmatch, value.split())))
                 or (name == "style" and (BAD_STYLE.search(value) or not MATH_STYLE.fullmatch(value)))
             ):
-                return f"KB602 公式里不允许 {name}={value[:60]!r}"
+                return f"KB602: 公式里不允许 {name}={value[:60]!r}"
     return None
 
 
@@ -238,11 +238,11 @@ def check_meta(meta: dict, path: str) -> None:
     for key, value in meta.items():
         if key not in META:
             raise KbsiteError(
-                f"{path}:1: KB605 front matter 里有不认得的键 {str(key)[:40]!r}。可用的有 {'、'.join(META)}。"
+                f"{path}:1: KB605: front matter 里有不认得的键 {str(key)[:40]!r}。可用的有 {'、'.join(META)}。"
             )
         if not META[key](value):
             raise KbsiteError(
-                f'{path}:1: KB605 front matter 的 {key} 写得不对。写成一行纯文本、数或日期，不含 < > "。'
+                f'{path}:1: KB605: front matter 的 {key} 写得不对。写成一行纯文本、数或日期，不含 < > "。'
             )
 
 
@@ -264,9 +264,9 @@ def check_files(root: Path) -> list[str]:
             if "__pycache__" in path.parts:
                 continue
             if path.is_symlink():
-                messages.append(f"{name}:1: KB606 符号链接会把别处的文件带进网站。换成文件本身。")
+                messages.append(f"{name}:1: KB606: 符号链接会把别处的文件带进网站。换成文件本身。")
             elif not NAME.fullmatch(path.name):
-                messages.append(f"{name!r}: KB606 文件名只用小写字母、数字与 - _ .，不超过 80 个字符。改名。")
+                messages.append(f"{name!r}: KB606: 文件名只用小写字母、数字与 - _ .，不超过 80 个字符。改名。")
             elif path.is_file():
                 messages += _file(root, path, name)
     return messages
@@ -274,13 +274,13 @@ def check_files(root: Path) -> list[str]:
 
 def _file(root: Path, path: Path, name: str) -> Iterator[str]:
     if path.suffix in (".md", ".py") and path.stat().st_size > PAGE_BYTES:
-        yield f"{name}:1: KB607 超过 {PAGE_BYTES // 1000} KB。拆成几份。"
+        yield f"{name}:1: KB607: 超过 {PAGE_BYTES // 1000} KB。拆成几份。"
     inside = path.relative_to(root).parts
     if inside[0] != "docs" or path.name.startswith("."):
         return
     allowed = ASSET_FILES if inside[1] == "assets" else PAGE_FILES
     if path.suffix not in allowed and "/".join(inside[1:]) not in ROOT_FILES:
-        yield f"{name}:1: KB606 不发布 {path.suffix or '没有扩展名'} 的文件。页面写成 .md，图用 .svg 或 .png。"
+        yield f"{name}:1: KB606: 不发布 {path.suffix or '没有扩展名'} 的文件。页面写成 .md，图用 .svg 或 .png。"
     elif path.suffix == ".svg" and (fault := check_drawing(path.read_text(encoding="utf-8"))):
         yield f"{name}:1: {fault}"
 
@@ -296,7 +296,7 @@ def start_clock(path: str, error: type[Exception]) -> None:
         return
 
     def late(*_):
-        raise error(f"{path}:1: KB607 这一页 {PAGE_SECONDS} 秒还没有排完。减少嵌套与重复的记号。")
+        raise error(f"{path}:1: KB607: 这一页 {PAGE_SECONDS} 秒还没有排完。减少嵌套与重复的记号。")
 
     signal.signal(signal.SIGALRM, late)
     # 有的库会吞掉异常：此后每秒再抛一次
