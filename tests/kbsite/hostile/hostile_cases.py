@@ -152,7 +152,7 @@ PAGES = [
     (
         "marker-in-attribute",
         PURIFY,
-        f"""<a href="#x" title='<span class="arithmatex">\\(\\text{{it{chr(39)}s onclick={PWN}}}\\)</span>'>甲</a>""",
+        """<a href="#x" title='<span class="arithmatex">\\(x\\)</span>'>甲</a>""",
         "KB602",
     ),
     ("figure-by-hand", PURIFY, '<kb-figure ref="rl/none/0">甲</kb-figure>', "KB601"),

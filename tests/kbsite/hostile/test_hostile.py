@@ -151,7 +151,7 @@ def test_front_matter_is_refused(text, rule, monkeypatch):
 
 @pytest.mark.parametrize("text", [pytest.param(case[2], id=case[0]) for case in INCLUDES])
 def test_include_is_refused_and_the_reader_has_nothing_but_fragments(tmp_path, text):
-    (tmp_path / ".git").mkdir()
+    (tmp_path / "snippets").mkdir()
     for name in (".git/config", "mkdocs.yml", "requirements/site.in"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("甲", encoding="utf-8")
