@@ -35,6 +35,11 @@ def test_first_sentence_stays():
     assert shorten_docstrings(source) == 'def f(x):\n    r"""两倍。"""\n    return 2 * x\n'
 
 
+def test_a_form_feed_does_not_shift_the_lines():
+    source = 'x = "a\x0cb"\n\n\ndef f(x):\n    """两倍。\n\n    细节\n    """\n    return 2 * x\n'
+    assert shorten_docstrings(source) == 'x = "a\x0cb"\n\n\ndef f(x):\n    """两倍。"""\n    return 2 * x\n'
+
+
 def test_nested_functions_and_one_line_docstrings():
     source = 'def f():\n    """甲。"""\n    def g():\n        """乙。\n\n        丙\n        """\n        return 1\n    return g\n'
     assert shorten_docstrings(source) == (
