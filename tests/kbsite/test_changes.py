@@ -194,7 +194,7 @@ def test_hostile_text_cannot_leave_its_fence(value):
     assert [tag for tag, _ in page.tags] == ["pre", "code", "p"] and page.words.endswith("后面\n")
 
 
-TITLE = "坏 | </code><img src=x> [x](https://example.org)"
+TITLE = "坏 | `]` [x](https://example.org) &lt;b&gt;"
 
 
 def test_the_summary_of_two_real_builds(project):

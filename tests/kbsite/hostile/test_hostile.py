@@ -93,7 +93,7 @@ def report(module_project):
 
 @pytest.mark.parametrize(("name", "rule"), [(case[0], case[3]) for case in REFUSED_PAGES])
 def test_page_is_refused_with_its_line(report, name, rule):
-    assert re.search(rf"^(ERROR +- +)?docs/page/{name}\.md:[3-9]: {rule} .+。", report[0], re.M)
+    assert re.search(rf"^(ERROR +- +)?docs/page/{name}\.md:[3-9]: {rule}: .+。", report[0], re.M)
 
 
 @pytest.mark.parametrize(("name", "reason"), [(case[0], case[3]) for case in REFUSED_FORMULAS])
@@ -133,7 +133,7 @@ def test_file_is_refused(tmp_path, path, text):
     else:
         file.write_text(text, encoding="utf-8")
     (message,) = safety.check_files(tmp_path)
-    assert re.search(r"KB60[67] .+。", message) and "\n" not in message
+    assert re.search(r"KB60[67]: .+。", message) and "\n" not in message
 
 
 @pytest.mark.parametrize(("text", "rule"), each(METAS))
