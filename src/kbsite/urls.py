@@ -170,7 +170,8 @@ def _page(href: str, canonical: str | None) -> str:
     href = escape(href)
     link = f'<link rel="canonical" href="{escape(canonical)}">\n' if canonical else ""
     return (
-        '<!doctype html>\n<html lang="zh">\n<meta charset="utf-8">\n<title>已移到新地址</title>\n'
+        '<!doctype html>\n<html lang="zh">\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">\n<title>已移到新地址</title>\n'
         f'<meta http-equiv="refresh" content="0; url={href}">\n{link}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
