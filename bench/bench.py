@@ -162,7 +162,8 @@ def first_visit(site, url, browser):
         ("127.0.0.1", 0), functools.partial(Server, directory=str(site))
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        context = browser.new_context(viewport={"width": 390, "height": 844})
+        # 量的脚本要在页面里求值
+        context = browser.new_context(viewport={"width": 390, "height": 844}, bypass_csp=True)
         page = context.new_page()
         session = context.new_cdp_session(page)
         session.send("Network.enable")

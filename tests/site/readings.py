@@ -1,6 +1,6 @@
 """把站里每一页在浏览器里打开一次，量下各项测试要的东西：手机、桌面、深色、打印。"""
 
-from sitetools import ROOT, Visitor
+from sitetools import ROOT, Visitor, wait
 
 AXE = (ROOT / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
 A4 = 718  # 像素：A4 减去浏览器默认的页边
@@ -143,7 +143,7 @@ def read(browser, base_url, url):
     found["contrast"] = {"light": page.evaluate(CONTRAST)}
     found["overflow"].append(page.evaluate(OVERFLOW))
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
+    wait(page, "document.body.dataset.mdColorScheme === 'slate'")
     found["contrast"]["dark"] = page.evaluate(CONTRAST)
     # 打印时浏览器报的是浅色：跟随系统的页面会自己换，读者选定的深色不会
     page.evaluate(CHOOSE, "slate")

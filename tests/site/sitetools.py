@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,6 +62,14 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         self._in_title = False
+
+
+def wait(page, condition, argument=None):
+    """等到 `condition`（可以是异步函数）成立；wait_for_function 在页面里求值，内容安全策略不许。"""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(condition, argument):
+        assert time.monotonic() < deadline, f"等了 20 秒仍不成立：{condition}"
+        page.wait_for_timeout(50)
 
 
 class Visitor:

@@ -5,6 +5,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+from sitetools import wait
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +92,10 @@ def test_what_scrolls_can_be_reached_by_keyboard(readings):
 def test_only_what_scrolls_takes_a_tab_stop(visit):
     page = visit("api/rl/", width=390).page
     stops = "document.querySelectorAll('mjx-container[tabindex=\"0\"]').length"
-    page.wait_for_function(f"{stops} > 0")
+    wait(page, f"{stops} > 0")
     narrow = page.evaluate(stops)
     page.set_viewport_size({"width": 1280, "height": 844})
-    page.wait_for_function(f"{stops} < {narrow}")
+    wait(page, f"{stops} < {narrow}")
 
 
 def test_controls_are_large_enough_for_a_finger(readings):
@@ -134,7 +135,7 @@ def test_skip_link_leads_into_the_text(visit):
     page = visit("rl/dpo/").page
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement === document.body")
+    wait(page, "document.activeElement === document.body")
     page.keyboard.press("Tab")
     assert page.evaluate(FOCUSED)["place"] == "article"
 
@@ -157,6 +158,4 @@ def test_drawer_opens_with_enter_on_a_narrow_screen(visit):
             break
     assert page.evaluate(FOCUSED)["name"] == "导航"
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        "document.querySelector('.md-sidebar--primary').getBoundingClientRect().left === 0"
-    )
+    wait(page, "document.querySelector('.md-sidebar--primary').getBoundingClientRect().left === 0")

@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from sitetools import wait
 
 from snippets.architecture.calculators import COMPUTE, KV_CACHE, PARAMETERS
 from snippets.calculator import format_value
@@ -80,7 +81,7 @@ def test_state_is_in_the_address_and_a_shared_link_restores_it(visit):
     shared = visit(page.url).page.locator(".kb-calculator")
     assert shared.locator('output[name="cache"]').inner_text() == text
     form.get_by_role("button").click()
-    page.wait_for_function("!location.search")
+    wait(page, "!location.search")
     assert form.locator('output[name="cache"]').inner_text().startswith("1.07 GB")
 
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from PIL import Image
 from playwright.sync_api import Error
-from sitetools import ROOT, Page
+from sitetools import ROOT, Page, wait
 
 from kbsite.archive import pack
 
@@ -232,14 +232,6 @@ KEPT = """async (root) => {
   const kept = names.filter(n => n.startsWith(root)).map(n => caches.match(n.split(/[?#]/)[0]))
   return kept.length > 5 && (await Promise.all(kept)).every(Boolean)
 }"""
-
-
-def wait(page, condition, argument=None):
-    """等到 `condition`（可以是异步函数）成立；wait_for_function 不等 Promise。"""
-    deadline = time.monotonic() + 20
-    while not page.evaluate(condition, argument):
-        assert time.monotonic() < deadline, f"等了 20 秒仍不成立：{condition}"
-        page.wait_for_timeout(50)
 
 
 def see(page, host, *names):

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from sitetools import wait
 
 ROWS = (Path(__file__).parent / "queries.tsv").read_text(encoding="utf-8").splitlines()
 QUERIES = [row for row in csv.reader(ROWS, delimiter="\t") if row and not row[0].startswith("#")]
@@ -19,7 +20,7 @@ def search(page, query):
     box.click()
     page.keyboard.type(query)  # 汉字不是按键打出来的，只有 input 事件，与手机的输入法一样
     page.wait_for_timeout(300)
-    page.wait_for_function("document.querySelector('.md-search-result__meta').textContent.match(/\\d|没有/)")
+    wait(page, "document.querySelector('.md-search-result__meta').textContent.match(/\\d|没有/)")
     addresses = page.eval_on_selector_all(LINKS, "links => links.map(a => a.href)")
     return [
         address.partition("?")[0] + "#" * ("#" in address) + address.partition("#")[2]

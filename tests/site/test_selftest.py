@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sitetools import wait
 
 SECTION = "interviews/?section=推理模型"
 KEY = "mianjing-2025/selftest/v1"
@@ -201,7 +202,7 @@ def test_without_storage_it_works_until_the_page_is_left_and_says_so(visit, brea
 def wait_for_memory(page, marks):
     """另一个标签页写的东西过一会儿才看得见。"""
     text = json.dumps(marks, separators=(",", ":"))
-    page.wait_for_function("([key, text]) => localStorage.getItem(key) === text", arg=[KEY, text])
+    wait(page, "([key, text]) => localStorage.getItem(key) === text", [KEY, text])
 
 
 def test_two_tabs_do_not_erase_each_other(visit):
@@ -258,7 +259,7 @@ def test_focus_follows_the_question_the_answer_and_the_end(visit):
     for _ in listed(page):
         assert page.evaluate(focused, ".kb-current summary")
         button(page, "看答案").click()
-        page.wait_for_function(focused, arg=".kb-current details[open] p")
+        wait(page, focused, ".kb-current details[open] p")
         button(page, "不会").click()
     assert page.evaluate(focused, "[name=again]")
     button(page, "结束自测").click()
