@@ -257,6 +257,7 @@ TEXTS = st.lists(st.sampled_from(["$a$", "$$b$$", "$", "$$", "a", " ", "\\", "�
 
 @fuzz
 @given(text=TEXTS)
+@example(text="$a$ ，$$b$$ 中 $1 与 $2")
 def test_marking_dollars_can_be_undone(text):
     marked = mark_dollars(text)
     undone = re.sub(r'<span class="arithmatex">\\\[(.*?)\\\]</span>', r"$$\1$$", marked, flags=re.S)
