@@ -266,7 +266,9 @@ def check_files(root: Path) -> list[str]:
             if path.is_symlink():
                 messages.append(f"{name}:1: KB606: 符号链接会把别处的文件带进网站。换成文件本身。")
             elif not NAME.fullmatch(path.name):
-                messages.append(f"{name!r}: KB606: 文件名只用小写字母、数字与 - _ .，不超过 80 个字符。改名。")
+                messages.append(
+                    f"{name!r}: KB606: 文件名只用小写字母、数字与 - _ .，不超过 80 个字符。改名。"
+                )
             elif path.is_file():
                 messages += _file(root, path, name)
     return messages
