@@ -72,6 +72,24 @@ def wait(page, condition, argument=None):
         page.wait_for_timeout(50)
 
 
+RESULTS = ".md-search-result__link"
+
+
+def search(page, query):
+    """输入查询，等结果停下来；返回各结果的地址（去掉 `?h=`）。"""
+    box = page.locator("[data-md-component=search-query]")
+    box.fill("")
+    box.click()
+    page.keyboard.type(query)  # 汉字不是按键打出来的，只有 input 事件，与手机的输入法一样
+    page.wait_for_timeout(300)
+    wait(page, "document.querySelector('.md-search-result__meta').textContent.match(/\\d|没有/)")
+    addresses = page.eval_on_selector_all(RESULTS, "links => links.map(a => a.href)")
+    return [
+        address.partition("?")[0] + "#" * ("#" in address) + address.partition("#")[2]
+        for address in addresses
+    ]
+
+
 class Visitor:
     """一个浏览器页面；记下脚本错误与发往别处的请求（一律拒绝）。"""
 

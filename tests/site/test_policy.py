@@ -5,8 +5,7 @@ import hashlib
 from html.parser import HTMLParser
 
 import pytest
-from sitetools import html_pages
-from test_search import LINKS, search
+from sitetools import RESULTS, html_pages, search
 
 WATCH = """
 window.violations = []
@@ -124,7 +123,7 @@ def test_ordinary_use_from_a_folder_breaks_nothing(watched, offline_site):
 
 def pages_found(page, query):
     search(page, query)
-    return page.locator(LINKS).count()
+    return page.locator(RESULTS).count()
 
 
 ATTACKS = {

@@ -6,26 +6,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from sitetools import wait
+from sitetools import RESULTS, search
 
 ROWS = (Path(__file__).parent / "queries.tsv").read_text(encoding="utf-8").splitlines()
 QUERIES = [row for row in csv.reader(ROWS, delimiter="\t") if row and not row[0].startswith("#")]
-LINKS = ".md-search-result__link"
-
-
-def search(page, query):
-    """输入查询，等结果停下来；返回各结果的地址（去掉 `?h=`）。"""
-    box = page.locator("[data-md-component=search-query]")
-    box.fill("")
-    box.click()
-    page.keyboard.type(query)  # 汉字不是按键打出来的，只有 input 事件，与手机的输入法一样
-    page.wait_for_timeout(300)
-    wait(page, "document.querySelector('.md-search-result__meta').textContent.match(/\\d|没有/)")
-    addresses = page.eval_on_selector_all(LINKS, "links => links.map(a => a.href)")
-    return [
-        address.partition("?")[0] + "#" * ("#" in address) + address.partition("#")[2]
-        for address in addresses
-    ]
 
 
 def pages(addresses):
@@ -72,7 +56,7 @@ def test_a_result_opens_its_follow_up_and_marks_the_words(visit):
     page = visit("about/").page
     page.set_viewport_size({"width": 1280, "height": 844})
     search(page, "query 与 key 个数不同 因果掩码")
-    page.locator(f"{LINKS}[href*='attention-scaling'][href*='#q-']").first.click()
+    page.locator(f"{RESULTS}[href*='attention-scaling'][href*='#q-']").first.click()
     opened = page.wait_for_selector("details.question[open]")
     assert "个数不同" in opened.query_selector("summary").inner_text()
     page.wait_for_selector("article mark[data-md-highlight]")
@@ -108,7 +92,7 @@ def test_text_of_a_page_cannot_inject_markup(box):
 def test_angle_brackets_of_a_page_are_shown_as_they_are(box, query, tag):
     """正文里的 `<s>` 一次在加亮的词之后、一次在之前，两处都不能当成标签。"""
     search(box, query)
-    assert any(tag in result for result in box.locator(LINKS).all_inner_texts())
+    assert any(tag in result for result in box.locator(RESULTS).all_inner_texts())
 
 
 def test_nothing_is_downloaded_until_someone_searches_and_then_only_a_few_pieces(browser, base_url, site):
