@@ -48,9 +48,6 @@ def mutate(module: Path, folder: Path, jobs: int) -> tuple[int, list[tuple[str, 
     settings += (
         'also_copy = ["snippets", "notebooks", "tests"]\ntimeout_multiplier = 5.0\ntimeout_constant = 2.0\n'
     )
-    # torch 用过几个线程之后再 fork 会死锁：有这种测试时，从一个没跑过测试的进程里 fork（慢一倍）
-    if "set_num_threads" in (tests / f"test_{module.name}.py").read_text(encoding="utf-8"):
-        settings += 'process_isolation = "forkserver"\n'
     (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
 
     result = run(folder, "run", "--max-children", str(jobs))
