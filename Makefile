@@ -46,8 +46,7 @@ zip: ## 建离线版，打成一个可以下载的 zip；make build OFFLINE_ZIP=
 
 test: $(VENV)/test.stamp node_modules/.package-lock.json ## 全部测试，含严格建站与真实浏览器；BASE=main 只跑改动碰得到的
 	@$(BIN)/python -m kbsite browser
-	@$(BIN)/python -m ruff check .
-	@$(BIN)/python -m ruff format --check .
+	@$(if $(ARGS),,$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .)
 	@tests=$$($(if $(BASE),$(BIN)/python -m kbsite affected $(BASE) | xargs,true)); $(BIN)/python -m pytest -q $(ARGS) $$tests
 
 check: $(VENV)/site.stamp ## 几秒钟检查页面、笔记与测试的写法，不建站；ARGS=--fix 改掉空格与标点，ARGS=docs/rl 只看一处

@@ -66,6 +66,7 @@ def _new_page(project: Project, args: argparse.Namespace) -> int:
     for path in new_page.create(project.root, args.key, args.title):
         print(path.relative_to(project.root))
     print("每个【待写：…】说明那里该写什么；写完一处删一处，make check 会指出剩下的。")
+    print("导航里的次序、目录里的短名（mkdocs.yml、docs/index.md 与本节的 index.md）照邻近的改好。")
     return 0
 
 

@@ -34,6 +34,8 @@ CONTENT_TESTS = [
 PAGE = re.compile(r"docs/(?:[\w-]+/)*[\w-]+\.md", re.A)
 MODULE = re.compile(r"(?:(?:notebooks|snippets)/(\w+)/|tests/snippets/(\w+)/test_)(\w+)\.py", re.A)
 PROSE = re.compile(r"[\w.-]+\.md|LICENSE[\w-]*|\.github/(?:ISSUE_TEMPLATE/)?[\w.-]+", re.A)
+LISTS = ("tests/site/queries.tsv", "published.txt", "redirects.yml")
+NAV = re.compile(r"[+-] +- [\w/-]+\.md")
 PUNCTUATION = re.compile(r"[^\w ]|_")
 NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # 摘要的上限是 1 MiB；再长也没有人看
@@ -45,7 +47,9 @@ def affected(root: Path, base: str) -> list[str]:
     tests: set[str] = set()
     modules: set[Path] = set()
     for name in changed_files(root, base):
-        if PAGE.fullmatch(name) or PROSE.fullmatch(name):
+        if PAGE.fullmatch(name) or PROSE.fullmatch(name) or name in LISTS:
+            continue
+        if name == "mkdocs.yml" and _only_nav(root, base):
             continue
         match = MODULE.fullmatch(name)
         if not match or (name.startswith("snippets/") and not (root / name).is_file()):
@@ -59,6 +63,14 @@ def affected(root: Path, base: str) -> list[str]:
         if modules.intersection(imported_modules([path.read_text(encoding="utf-8")], root)):
             tests.add(path.relative_to(root).as_posix())
     return sorted(tests) + CONTENT_TESTS
+
+
+def _only_nav(root: Path, base: str) -> bool:
+    """mkdocs.yml 只改了导航里的页面：加一页不必跑全部测试。"""
+    command = ["git", "diff", "--unified=0", "--merge-base", "--end-of-options", base, "--", "mkdocs.yml"]
+    lines = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()
+    changed = [line for line in lines if re.match(r"[+-](?!\+\+ |-- )", line)]
+    return bool(changed) and all(NAV.fullmatch(line) for line in changed)
 
 
 def changed_files(root: Path, base: str) -> list[str]:

@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 KEY = re.compile(r"([a-z][a-z0-9]*(?:-[a-z0-9]+)*)/([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 ROW = "【待写：面试官在考什么，一行】"
 # 会切开表格与链接、变成公式或标签的字符
-FORBIDDEN = re.compile(r"[|\[\]<>{}$`*\\]|[^\S ]|[\x00-\x1f]")
+FORBIDDEN = re.compile(r"[|\[\]<>{}$`*\\\"]|[^\S ]|[\x00-\x1f]")
 
 
 def create(root: Path, key: str, title: str) -> list[Path]:

@@ -59,6 +59,27 @@ def own(found):
 
 
 @pytest.mark.parametrize(
+    ("after", "everything"),
+    [
+        ("nav:\n  - a.md\n  - rl/new.md\n  - b.md\n", False),
+        ("nav:\n  - b.md\n", False),
+        ("nav:\n  - a.md\n  - b.md\nhooks:\n  - x.py\n", True),
+        ("hooks: []\nnav:\n  - a.md\n  - b.md\n", True),
+        ("nav:\n  - a.md\n  - x.py\n  - b.md\n", True),
+    ],
+)
+def test_a_page_added_to_the_navigation_is_content(repository, after, everything):
+    write(repository, "mkdocs.yml", "nav:\n  - a.md\n  - b.md\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "-m", "nav")
+    git(repository, "switch", "--quiet", "-c", "more")
+    write(repository, "mkdocs.yml", after)
+    write(repository, "tests/site/queries.tsv", "zh\t词\trl/new\n")
+    expected = changes.EVERYTHING if everything else changes.CONTENT_TESTS
+    assert changes.affected(repository, "work") == expected
+
+
+@pytest.mark.parametrize(
     ("name", "wanted"),
     [
         ("docs/rl/alone.md", []),

@@ -107,7 +107,7 @@ def test_lists_gain_exactly_one_entry_and_keep_the_rest(small):
     assert after["docs/rl/index.md"] == before["docs/rl/index.md"].replace("| 旧 |\n", f"| 旧 |\n{row}")
 
 
-@pytest.mark.parametrize("title", ["是什么: 冒号（A: B）", "# 开头", "'引号' 与 \"引号\"", "- 连字符", "yes"])
+@pytest.mark.parametrize("title", ["是什么: 冒号（A: B）", "# 开头", "'引号' 与「引号」", "- 连字符", "yes"])
 def test_titles_that_yaml_would_misread_come_back_whole(small, title):
     new_page.create(small.root, "rl/new-one", title)
     metas = {key: meta for _, key, meta in nav_pages(read_nav(small.root / "mkdocs.yml"), small.root / "docs")}  # fmt: skip

@@ -16,7 +16,18 @@ from kbsite.verification import FROZEN, LIBRARIES, Counts, fill_verification
 
 REPOSITORY = Path(__file__).parents[2]
 # 导入了但不是对照：被测的东西、测试框架、只用来搭场景的库
-TOOLS = {"torch", "numpy", "pytest", "jaxtyping", "snippets", "sympy", "datasets", "pydantic", "mcp_types"}
+TOOLS = {
+    "torch",
+    "numpy",
+    "pytest",
+    "jaxtyping",
+    "snippets",
+    "bench",
+    "sympy",
+    "datasets",
+    "pydantic",
+    "mcp_types",
+}
 QUESTIONS = [
     Question("rl/demo", "演示（Demo）", "强化学习", 2, "答。", (), "2026-01-02"),
     Question("training/other", "另一页", "训练", 1, "答。", (), "2026-03-04"),

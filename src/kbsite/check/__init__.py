@@ -31,9 +31,7 @@ class Report:
         if fixable:
             text += f" 其中 {fixable} 处可以自动改：make check ARGS=--fix。"
         if self.unexecuted:
-            text += (
-                f" 有 {len(self.unexecuted)} 份笔记没有执行过或已过期，它们页面上的数字（KB201）没有核对。"
-            )
+            text += f" 有 {len(self.unexecuted)} 份笔记没有执行过或已过期（如 {self.unexecuted[0]}），它们页面上的数字（KB201）没有核对：先 make build。"
         return text
 
 
