@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from ..errors import KbsiteError
 from ..search.aliases import read_aliases
 from .findings import Edit, Finding
 from .page import CODE, MATH, OTHER, Page
@@ -113,8 +114,9 @@ def _terms(site: Site) -> Iterator[Finding]:
     table = site.texts.get("docs/about/terms.md", "")
     try:
         groups = read_aliases(table)
-    except ValueError:
-        yield Finding("docs/about/terms.md", 1, "KB304", "术语表有一行不足三列", "补上，没有就写 —")
+    except KbsiteError as error:
+        line = int(str(error).split(":")[1])
+        yield Finding("docs/about/terms.md", line, "KB304", "术语表有一行不足三列", "补上，没有就写 —")
         return
     allowed = {word for match in ALLOWED_ALIASES.finditer(table) for word in match[1].split("、")}
     allowed |= {group[0] for group in groups}
