@@ -170,9 +170,9 @@ def on_page_markdown(markdown, page, config, files):
     path = f"docs/{page.file.src_uri}"
     safety.start_clock(path, PluginError)
     try:
-        safety.check_meta(page.meta, path)
         source = page.file.content_string  # 含 front matter，行号才对
         front_matter.read(source, path)
+        safety.check_meta(page.meta, path)
         _build.used_labels |= pages.check_includes(source, path, _build.notebooks, _build.project.root)
         markdown = pages.fill_answer(markdown, page.meta, path)
         markdown = questions.fill_questions(markdown, _build.questions, page.file.src_uri)
