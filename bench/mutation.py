@@ -95,7 +95,11 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "mutmut", *command],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder),
+        },  # 失败的子进程留下的文件随文件夹删去
         capture_output=True,
         text=True,
     )
