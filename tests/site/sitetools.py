@@ -66,9 +66,9 @@ class Page(HTMLParser):
 
 def wait(page, condition, argument=None):
     """等到 `condition`（可以是异步函数）成立；wait_for_function 在页面里求值，内容安全策略不许。"""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while not page.evaluate(condition, argument):
-        assert time.monotonic() < deadline, f"等了 20 秒仍不成立：{condition}"
+        assert time.monotonic() < deadline, f"等了 30 秒仍不成立：{condition}"
         page.wait_for_timeout(50)
 
 
