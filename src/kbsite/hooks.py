@@ -121,8 +121,6 @@ def on_pre_build(config):
     project = Project(Path(config.config_file_path).parent)
     _lock = take_turn(project)
     drop_damaged(project.cache / "mkdocs-jupyter")
-    if messages := safety.check_files(project.root):
-        raise PluginError("\n".join(messages))
     try:
         check_sources(project.root)
         _build = _Build(project, build_notebooks(project), config)

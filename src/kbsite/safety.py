@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import date
-from pathlib import Path
 
 from selectolax.lexbor import LexborHTMLParser
 
@@ -25,11 +24,11 @@ TEXT = (
 )
 FORM = "button form input label option output select"  # 计算器与题目索引
 OURS = "autoref kb-figure"  # 稍后换成链接、图的占位
-DRAWING = (
+DRAWING = frozenset(
     "circle clippath defs ellipse g image line lineargradient marker mask path pattern polygon polyline "
-    "radialgradient rect stop svg text tspan use"
+    "radialgradient rect stop svg text tspan use".split()
 )
-TAGS = frozenset(f"{TEXT} {FORM} {OURS} {DRAWING}".split())
+TAGS = DRAWING.union(f"{TEXT} {FORM} {OURS}".split())
 
 ANYWHERE = frozenset(
     "class id title role lang dir hidden aria-label aria-live aria-hidden data-search-exclude".split()
@@ -98,7 +97,7 @@ def problems(html: str, url: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
         if tag not in TAGS:
             yield f"KB601: 不允许 <{tag}>。改用 Markdown，或删去它。", (f"<{tag}", "<")
             continue
-        drawing = tag in DRAWING.split()
+        drawing = tag in DRAWING
         allowed = DRAWN if drawing else ATTRIBUTES.get(tag, frozenset())
         for name, value in node.attributes.items():
             name = name.lower()
@@ -169,7 +168,7 @@ def check_drawing(svg: str) -> str | None:
         return message
     tree = LexborHTMLParser(f"<body>{svg}")
     for node in tree.body.traverse():
-        if node.is_element_node and node.tag != "body" and node.tag.lower() not in DRAWING.split():
+        if node.is_element_node and node.tag != "body" and node.tag.lower() not in DRAWING:
             return f"KB601: 图里不允许 <{node.tag}>。"
     return None
 
@@ -244,47 +243,6 @@ def check_meta(meta: dict, path: str) -> None:
             raise KbsiteError(
                 f'{path}:1: KB605: front matter 的 {key} 写得不对。写成一行纯文本、数或日期，不含 < > "。'
             )
-
-
-# ── 文件 ──────────────────────────────────────────────
-
-NAME = re.compile(r"[a-z0-9_.-]{1,80}")
-PAGE_FILES = {".md", ".svg", ".png"}
-ASSET_FILES = PAGE_FILES | {".css", ".js"}
-ROOT_FILES = {"service-worker.js", "manifest.webmanifest"}
-PAGE_BYTES = 100_000
-
-
-def check_files(root: Path) -> list[str]:
-    """docs/、snippets/、notebooks/ 里的文件：名字、种类、大小；没有符号链接，没有会执行的 SVG。"""
-    messages = []
-    for folder in ("docs", "snippets", "notebooks"):
-        for path in sorted((root / folder).rglob("*")):
-            name = path.relative_to(root).as_posix()
-            if "__pycache__" in path.parts:
-                continue
-            if path.is_symlink():
-                messages.append(f"{name}:1: KB606: 符号链接会把别处的文件带进网站。换成文件本身。")
-            elif not NAME.fullmatch(path.name):
-                messages.append(
-                    f"{name!r}: KB606: 文件名只用小写字母、数字与 - _ .，不超过 80 个字符。改名。"
-                )
-            elif path.is_file():
-                messages += _file(root, path, name)
-    return messages
-
-
-def _file(root: Path, path: Path, name: str) -> Iterator[str]:
-    if path.suffix in (".md", ".py") and path.stat().st_size > PAGE_BYTES:
-        yield f"{name}:1: KB607: 超过 {PAGE_BYTES // 1000} KB。拆成几份。"
-    inside = path.relative_to(root).parts
-    if inside[0] != "docs" or path.name.startswith("."):
-        return
-    allowed = ASSET_FILES if inside[1] == "assets" else PAGE_FILES
-    if path.suffix not in allowed and "/".join(inside[1:]) not in ROOT_FILES:
-        yield f"{name}:1: KB606: 不发布 {path.suffix or '没有扩展名'} 的文件。页面写成 .md，图用 .svg 或 .png。"
-    elif path.suffix == ".svg" and (fault := check_drawing(path.read_text(encoding="utf-8"))):
-        yield f"{name}:1: {fault}"
 
 
 # ── 时间 ──────────────────────────────────────────────

@@ -225,6 +225,7 @@ def test_ordinary_sources_pass(project):
     [
         ("docs/rl/a.md", "# 一\n二\n".encode("utf-16"), "docs/rl/a.md:1: 不是 UTF-8 编码"),
         ("docs/rl/a.md", "# 1\n二\n".encode("gb18030"), "docs/rl/a.md:2: 不是 UTF-8 编码"),
+        ("docs/rl/a.svg", "<svg><text>优</text></svg>".encode("gbk"), "docs/rl/a.svg:1: 不是 UTF-8 编码"),
         ("snippets/rl/a.py", "# 优势\n".encode("gbk"), "snippets/rl/a.py:1: 不是 UTF-8 编码"),
         ("snippets/rl/a.py", b"\xef\xbb\xbfx = 1\n", "snippets/rl/a.py:1: 开头有 BOM"),
         ("topics.yml", "- heading: 优势\n".encode("gbk"), "topics.yml:1: 不是 UTF-8 编码"),
@@ -257,7 +258,7 @@ def test_names_that_only_differ_in_unicode_form_are_refused(project):
 def test_symbolic_links_are_refused(project, target):
     root = fill(project)
     (root / "docs/rl/link.md").symlink_to(target)
-    with pytest.raises(KbsiteError, match=r"docs/rl/link\.md:1: 是符号链接"):
+    with pytest.raises(KbsiteError, match=r"docs/rl/link\.md:1: KB606: 是符号链接"):
         check_sources(root)
 
 

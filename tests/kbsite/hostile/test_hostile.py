@@ -32,6 +32,7 @@ from kbsite.errors import FragmentError, KbsiteError
 from kbsite.math import scan
 from kbsite.notebooks.svg import inline_svg
 from kbsite.questions import Question
+from kbsite.sources import PAGE_BYTES, check_sources
 
 TITLE = "# 题\n\n"
 REFUSED_PAGES = [case for case in PAGES if case[3] != HARMLESS]
@@ -120,8 +121,8 @@ def test_figure_is_refused(inside, rule):
 def test_svg_file_is_refused(tmp_path, text, rule):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/x.svg").write_text(text, encoding="utf-8")
-    (message,) = safety.check_files(tmp_path)
-    assert message.startswith(f"docs/x.svg:1: {rule}")
+    with pytest.raises(KbsiteError, match=rf"\Adocs/x\.svg:1: {rule}[^\n]+\Z"):
+        check_sources(tmp_path)
 
 
 @pytest.mark.parametrize(("path", "text"), each(FILES))
@@ -132,8 +133,8 @@ def test_file_is_refused(tmp_path, path, text):
         file.symlink_to("/etc/passwd")
     else:
         file.write_text(text, encoding="utf-8")
-    (message,) = safety.check_files(tmp_path)
-    assert re.search(r"KB60[67]: .+。", message) and "\n" not in message
+    with pytest.raises(KbsiteError, match=r"\A[^\n]+:1: KB60[67]: [^\n]+。\Z"):
+        check_sources(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "rule"), each(METAS))
@@ -184,7 +185,7 @@ def test_answer_with_html_does_not_reach_the_cards():
 )
 def test_repeated_marks_are_read_in_linear_time(read, unit):
     start = time.monotonic()
-    read(unit * (safety.PAGE_BYTES // len(unit)))
+    read(unit * (PAGE_BYTES // len(unit)))
     assert time.monotonic() - start < 5
 
 
