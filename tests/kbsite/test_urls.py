@@ -151,6 +151,7 @@ def test_old_addresses_arrive_in_both_ways_of_deploying(moved, offline):
     tail = ".html" if offline else "/index.html"
     for old, new in [("rl/old", f"rl/new{tail}"), ("very/old", "index.html")]:
         html = (site / f"{old}{tail}").read_text(encoding="utf-8")
+        assert "content=\"default-src 'none'\"" in html
         target = re.search(r'content="0; url=([^"#]*)', html)[1]
         arrived = ((site / f"{old}{tail}").parent / target).resolve()
         assert (arrived / "index.html" if target.endswith("/") else arrived) == (site / new).resolve()
